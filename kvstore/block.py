@@ -1,0 +1,238 @@
+"""The encoded block: a self-certifying run of bytes (DESIGN §4).
+
+Layout, little-endian::
+
+    prefix   magic "KVCB" | version u16 | header bytes u16 | CRC-32C of the rest of the header u32
+    fixed    codec u16 | dtype u8 | fidelities u8 | mask u8 | flags u8 | layers u16 | kv_heads u16 | head_dim u16
+             start u32 | tokens u32 | key 32 | namespace 32 | parent 32 | profile digest 32
+             provenance: fidelity u8 | distortion K f32 | V f32
+    a row for each fidelity, 1 = base first
+             bytes u32 | CRC-32C u32 | distortion K f32 | V f32 | expected divergence f32
+    payload  the present fidelity layers, base first, nothing between and nothing after
+
+The rows of layers that were dropped stay, so that `truncate` changes the mask and the header's CRC and nothing else. In the
+text "layer" means a layer of precision; the model's own are `layers` of the shape.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from crc32c import crc32c
+
+from .errors import CorruptBlockError, InvalidInputError
+from .identity import DIGEST_BYTES, NO_PARENT
+
+MAGIC = b"KVCB"
+VERSION = 1
+MAX_FIDELITIES = 8
+#: No block is larger: 1,024 tokens of a 128-layer model in float32 stay below it, and a header that claims more is refused.
+MAX_BLOCK_BYTES = 1 << 31
+MAX_TOKENS = 1 << 16
+
+_PREFIX = struct.Struct("<4sHHI")
+_FIXED = struct.Struct("<HBBBBHHHII32s32s32s32sBff")
+_ROW = struct.Struct("<IIfff")
+MAX_HEADER_BYTES = _PREFIX.size + _FIXED.size + MAX_FIDELITIES * _ROW.size
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Distortion:
+    """Relative squared error of what is stored against what was given: sum (x - x')² / sum x², K and V apart."""
+
+    keys: float
+    values: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of precision: its size and CRC, and the block's distortion when it is the topmost one present.
+
+    `expected_divergence` is the profile's estimate of the harm to the model's output, in nats a token (0 when not known).
+    """
+
+    size_bytes: int
+    crc32c: int
+    distortion: Distortion
+    expected_divergence: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The worst fidelity and distortion of the prefix that this block was computed on top of.
+
+    `fidelity` 0 means an exact prefix.
+    """
+
+    fidelity: int = 0
+    distortion: Distortion = Distortion(0.0, 0.0)
+
+    @property
+    def exact(self) -> bool:
+        return self.distortion.keys == 0.0 and self.distortion.values == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """Everything about a block but its payload. See the module's docstring for the bytes."""
+
+    codec: int
+    dtype: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    start: int
+    tokens: int
+    rows: tuple[LayerInfo, ...]
+    present: int
+    key: bytes = NO_PARENT
+    namespace: bytes = NO_PARENT
+    parent: bytes = NO_PARENT
+    profile: bytes = NO_PARENT
+    provenance: Provenance = Provenance()
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(row.size_bytes for row in self.rows[: self.present])
+
+    @property
+    def header_bytes(self) -> int:
+        return _PREFIX.size + _FIXED.size + len(self.rows) * _ROW.size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.header_bytes + self.payload_bytes
+
+    def truncate(self, fidelity: int) -> BlockHeader:
+        """This header with only layers 1 … `fidelity` present. Raises InvalidInputError if they are not."""
+        if not 1 <= fidelity <= self.present:
+            raise InvalidInputError(f"fidelity {fidelity} is not among those present (1 … {self.present})")
+        return replace(self, present=fidelity)
+
+    def to_bytes(self) -> bytes:
+        fixed = _FIXED.pack(
+            self.codec, self.dtype, len(self.rows), (1 << self.present) - 1, 0, self.layers, self.kv_heads, self.head_dim,
+            self.start, self.tokens, self.key, self.namespace, self.parent, self.profile,
+            self.provenance.fidelity, self.provenance.distortion.keys, self.provenance.distortion.values,
+        )  # fmt: skip
+        rows = b"".join(_ROW.pack(r.size_bytes, r.crc32c, r.distortion.keys, r.distortion.values, r.expected_divergence) for r in self.rows)
+        rest = fixed + rows
+        return _PREFIX.pack(MAGIC, VERSION, _PREFIX.size + len(rest), crc32c(rest)) + rest
+
+    @classmethod
+    def from_bytes(cls, blob: Buffer) -> BlockHeader:
+        """Parse and verify the header at the start of `blob`; the payload is not looked at.
+
+        Raises
+        ------
+        CorruptBlockError
+            For anything but a header that `to_bytes` could have written.
+        """
+        view = memoryview(blob).cast("B")
+        if len(view) < _PREFIX.size + _FIXED.size:
+            raise CorruptBlockError(f"{len(view)} bytes are too few for a block header")
+        magic, version, size, crc = _PREFIX.unpack_from(view)
+        if magic != MAGIC or version != VERSION:
+            raise CorruptBlockError(f"not a block of format {VERSION}: magic {bytes(magic)!r}, version {version}")
+        if not _PREFIX.size + _FIXED.size <= size <= min(MAX_HEADER_BYTES, len(view)):
+            raise CorruptBlockError(f"header length {size} is impossible")
+        if crc32c(view[_PREFIX.size : size]) != crc:
+            raise CorruptBlockError("the header's CRC-32C does not match")
+        (codec, dtype, count, mask, flags, layers, kv_heads, head_dim, start, tokens, key, namespace, parent, profile,
+         p_fidelity, p_keys, p_values) = _FIXED.unpack_from(view, _PREFIX.size)  # fmt: skip
+        present = mask.bit_length()
+        if flags or not 1 <= count <= MAX_FIDELITIES or not 1 <= present <= count or mask != (1 << present) - 1:
+            raise CorruptBlockError(f"impossible fidelity mask {mask:#x} of {count} layers")
+        if size != _PREFIX.size + _FIXED.size + count * _ROW.size:
+            raise CorruptBlockError("header length and number of layers disagree")
+        if not 1 <= tokens <= MAX_TOKENS or not layers or not kv_heads or not head_dim:
+            raise CorruptBlockError(f"impossible shape [{layers}, {kv_heads}, {tokens}, {head_dim}]")
+        rows = []
+        for i in range(count):
+            length, row_crc, k, v, divergence = _ROW.unpack_from(view, _PREFIX.size + _FIXED.size + i * _ROW.size)
+            rows.append(LayerInfo(length, row_crc, Distortion(k, v), divergence))
+        header = cls(
+            codec, dtype, layers, kv_heads, head_dim, start, tokens, tuple(rows), present, key, namespace, parent, profile,
+            Provenance(p_fidelity, Distortion(p_keys, p_values)),
+        )  # fmt: skip
+        if header.payload_bytes > MAX_BLOCK_BYTES:
+            raise CorruptBlockError(f"the header claims {header.payload_bytes} payload bytes, more than {MAX_BLOCK_BYTES}")
+        return header
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """A header and the payload of each present layer of precision, base first."""
+
+    header: BlockHeader
+    payload: tuple[Buffer, ...]
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """The fidelities that can be decoded, lowest first; the last one is what is here in full."""
+        return tuple(range(1, self.header.present + 1))
+
+    @property
+    def distortion(self) -> dict[int, Distortion]:
+        """Distortion at each present fidelity, measured when the block was encoded."""
+        return {f: self.header.rows[f - 1].distortion for f in self.fidelities}
+
+    @property
+    def expected_divergence(self) -> float:
+        """The profile's estimate at the present fidelity, nats a token; 0 when not known."""
+        return self.header.rows[self.header.present - 1].expected_divergence
+
+    def to_bytes(self) -> bytes:
+        """Everything that is stored, metadata included."""
+        return b"".join((self.header.to_bytes(), *self.payload))
+
+    def truncate(self, fidelity: int) -> EncodedBlock:
+        """Drop the layers above `fidelity`; nothing is encoded again."""
+        return EncodedBlock(self.header.truncate(fidelity), self.payload[:fidelity])
+
+    def with_identity(self, key: bytes, namespace: bytes, parent: bytes, provenance: Provenance | None = None) -> EncodedBlock:
+        """The same payload, named. Raises InvalidInputError for a digest that is cut short."""
+        if any(len(d) != DIGEST_BYTES for d in (key, namespace, parent)):
+            raise InvalidInputError(f"key, namespace and parent must be {DIGEST_BYTES} bytes each")
+        named = replace(self.header, key=key, namespace=namespace, parent=parent, provenance=provenance or self.header.provenance)
+        return EncodedBlock(named, self.payload)
+
+    @classmethod
+    def build(cls, header: BlockHeader, payload: Sequence[Buffer]) -> EncodedBlock:
+        """Fill in the sizes and CRCs of `payload` into the header's rows (their distortions are kept)."""
+        rows = tuple(
+            LayerInfo(memoryview(p).nbytes, crc32c(p), row.distortion, row.expected_divergence)
+            for row, p in zip(header.rows, payload, strict=True)
+        )
+        return cls(replace(header, rows=rows, present=len(rows)), tuple(payload))
+
+    @classmethod
+    def from_bytes(cls, blob: Buffer) -> EncodedBlock:
+        """Parse and verify a blob. The payload is referenced, not copied.
+
+        Raises
+        ------
+        CorruptBlockError
+            For any bytes that are not exactly one intact block; in time and memory bounded by ``len(blob)``.
+        """
+        header = BlockHeader.from_bytes(blob)
+        return cls.verify(header, memoryview(blob).cast("B")[header.header_bytes :])
+
+    @classmethod
+    def verify(cls, header: BlockHeader, payload: Buffer) -> EncodedBlock:
+        """Check `payload` (all present layers, base first) against a verified header."""
+        view = memoryview(payload).cast("B")
+        if len(view) != header.payload_bytes:
+            raise CorruptBlockError(f"the payload has {len(view)} bytes, the header says {header.payload_bytes}")
+        parts, at = [], 0
+        for number, row in enumerate(header.rows[: header.present], 1):
+            part = view[at : at + row.size_bytes]
+            if crc32c(part) != row.crc32c:
+                raise CorruptBlockError(f"the CRC-32C of fidelity layer {number} does not match")
+            parts.append(part)
+            at += row.size_bytes
+        return cls(header, tuple(parts))
