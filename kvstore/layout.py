@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import InvalidInputError
-from .rope import LayeredRope, RopeSpec, rope_from_config
+from .rope import NO_ROPE, LayeredRope, RopeSpec, rope_from_config
 
 #: Element types that a block may hold, by their name on the wire; the number never changes meaning.
 DTYPES: dict[str, tuple[int, torch.dtype]] = {
@@ -35,7 +35,7 @@ class KVLayout:
     Parameters
     ----------
     layers, kv_heads, head_dim : int
-        1–128 layers, at least one head, head dim 1–1024.
+        1–1,024 layers, 1–4,096 heads, head dim 1–1,024.
     dtype : torch.dtype
         Element type of the live cache: float16, bfloat16 or float32.
     rope : RopeSpec or LayeredRope
@@ -46,7 +46,7 @@ class KVLayout:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
-    rope: RopeSpec | LayeredRope = RopeSpec()
+    rope: RopeSpec | LayeredRope = NO_ROPE
 
     def __post_init__(self) -> None:
         for name, low, high in (("layers", 1, 1024), ("kv_heads", 1, 4096), ("head_dim", 1, 1024)):

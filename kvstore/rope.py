@@ -77,6 +77,10 @@ class RopeSpec:
         return out.to(keys.dtype)
 
 
+#: Models without rotary embedding.
+NO_ROPE = RopeSpec()
+
+
 @dataclass(frozen=True, slots=True)
 class LayeredRope:
     """One `RopeSpec` for each layer, for models that mix them (Gemma 3's local and global layers).
