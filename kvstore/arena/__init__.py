@@ -1,0 +1,8 @@
+"""Page accounting and the memory of one node's arena."""
+
+from __future__ import annotations
+
+from .device import Arena, available_memory, create
+from .pages import AccountingError, Extent, PageAllocator
+
+__all__ = ["AccountingError", "Arena", "Extent", "PageAllocator", "available_memory", "create"]

@@ -1,0 +1,228 @@
+"""The arena's memory: one `torch.uint8` tensor on a device, cut into pages.
+
+On the CPU it is shared memory without a name (``memfd``): private to the user, gone with the process even after SIGKILL, and open
+to a reader of the same user on the same host through ``/proc/<pid>/fd/<fd>``. Torch is imported only where a tensor is asked for, so
+that a CPU node starts in a fraction of a second. On CUDA, copies go through pinned host memory.
+
+Nothing here knows which pages are whose: that is the block table's business.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.errors import ConfigError
+from kvstore.settings import format_size
+
+from .pages import Extent
+
+if TYPE_CHECKING:
+    import torch
+
+Buffer = bytes | bytearray | memoryview
+#: Memory that stays free for the rest of the machine when an arena is made.
+HEADROOM_BYTES = 64 << 20
+#: Pinned memory through which CUDA copies go, a piece at a time.
+STAGING_BYTES = 4 << 20
+
+
+class Arena:
+    """Pages of memory on one device. Built by `create`; the caller keeps reads and writes of a page apart.
+
+    Parameters
+    ----------
+    size_bytes : int
+        Rounded down to whole pages.
+    page_bytes : int
+        Bytes of one page.
+    """
+
+    device: str
+
+    def __init__(self, size_bytes: int, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.pages = size_bytes // page_bytes
+        self.size_bytes = self.pages * page_bytes
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The whole arena, uint8 [size_bytes]; shares memory."""
+        raise NotImplementedError
+
+    def write(self, extents: Sequence[Extent], offset: int, data: Buffer) -> None:
+        """Copy `data` to the place `offset` bytes into `extents`. The copy runs without the interpreter lock."""
+        view = memoryview(data).cast("B")
+        done = 0
+        for start, length in self._pieces(extents, offset, len(view)):
+            self._store(start, view[done : done + length])
+            done += length
+
+    def read(self, extents: Sequence[Extent], offset: int, length: int) -> list[Buffer]:
+        """The `length` bytes that start `offset` bytes into `extents`.
+
+        Returns
+        -------
+        list of buffer
+            On the CPU read-only views of the arena itself, one a run, valid only as long as the pages are the caller's; on CUDA copies.
+        """
+        return [self._load(start, size) for start, size in self._pieces(extents, offset, length)]
+
+    def close(self) -> None:
+        """Give the memory back. Views that are still about keep it alive."""
+
+    def _pieces(self, extents: Sequence[Extent], offset: int, length: int) -> list[tuple[int, int]]:
+        pieces = []
+        for extent in extents:
+            size = extent.count * self.page_bytes
+            if offset >= size:
+                offset -= size
+                continue
+            if not length:
+                break
+            piece = min(size - offset, length)
+            pieces.append((extent.start * self.page_bytes + offset, piece))
+            length -= piece
+            offset = 0
+        if length:
+            raise ValueError(f"{length} bytes lie beyond the end of the extents")
+        return pieces
+
+    def _store(self, start: int, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def _load(self, start: int, length: int) -> Buffer:
+        raise NotImplementedError
+
+
+class CpuArena(Arena):
+    """Shared memory of this host, pre-faulted so that the first put is as quick as the last."""
+
+    device = "cpu"
+
+    def __init__(self, size_bytes: int, page_bytes: int) -> None:
+        super().__init__(size_bytes, page_bytes)
+        self.fd = os.memfd_create("concertina-arena", os.MFD_CLOEXEC)
+        os.fchmod(self.fd, 0o600)
+        os.ftruncate(self.fd, self.size_bytes)
+        self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._view = memoryview(self._map)
+        self._readonly = self._view.toreadonly()
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        import torch
+
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _store(self, start: int, data: memoryview) -> None:
+        self._bytes[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+
+    def _load(self, start: int, length: int) -> Buffer:
+        return self._readonly[start : start + length]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class CudaArena(Arena):
+    """Memory of one GPU; every copy goes through one piece of pinned host memory, so one thread at a time may copy."""
+
+    def __init__(self, size_bytes: int, page_bytes: int, device: str) -> None:
+        import torch
+
+        super().__init__(size_bytes, page_bytes)
+        self.device = device
+        self._tensor = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
+        self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._host = memoryview(self._staging.numpy())
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self._tensor
+
+    def _store(self, start: int, data: memoryview) -> None:
+        for at in range(0, len(data), STAGING_BYTES):
+            piece = data[at : at + STAGING_BYTES]
+            self._host[: len(piece)] = piece
+            self._tensor[start + at : start + at + len(piece)].copy_(self._staging[: len(piece)])
+
+    def _load(self, start: int, length: int) -> Buffer:
+        out = bytearray(length)
+        for at in range(0, length, STAGING_BYTES):
+            size = min(STAGING_BYTES, length - at)
+            self._staging[:size].copy_(self._tensor[start + at : start + at + size])
+            out[at : at + size] = self._host[:size]
+        return out
+
+
+def create(size_bytes: int, device: str = "cpu", page_bytes: int = 4096) -> Arena:
+    """An arena of `size_bytes` on ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises
+    ------
+    ConfigError
+        For a size of less than one page or more than is free, an unknown device, or a GPU that is not there.
+    """
+    if size_bytes < page_bytes:
+        raise ConfigError(f"an arena of {size_bytes} bytes holds no page of {page_bytes}; give --arena a size such as 256MiB")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
+    if device == "cpu":
+        _require(size_bytes, available_memory(), "this machine")
+        return CpuArena(size_bytes, page_bytes)
+    import torch
+
+    index = int(device.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise ConfigError(f"there is no GPU for device {device!r}; use --device cpu, or a cuda:N below {torch.cuda.device_count()}")
+    _require(size_bytes, torch.cuda.mem_get_info(index)[0], f"GPU {index}")
+    return CudaArena(size_bytes, page_bytes, f"cuda:{index}")
+
+
+def _require(size_bytes: int, free_bytes: int, where: str) -> None:
+    if size_bytes > free_bytes - HEADROOM_BYTES:
+        raise ConfigError(
+            f"an arena of {format_size(size_bytes)} does not fit: {where} has {format_size(free_bytes)} free; "
+            f"give --arena at most {max(0, free_bytes - HEADROOM_BYTES) >> 20}MiB"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the kernel calls available, or the control group's rest if that is less.
+
+    File cache that belongs to the group counts as free, since the kernel gives it up first.
+    """
+    free = _field("/proc/meminfo", "MemAvailable:") * 1024
+    for folder, limit, used, cache in (
+        ("/sys/fs/cgroup/", "memory.max", "memory.current", ("active_file", "inactive_file")),
+        ("/sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    ):
+        bound = _text(folder + limit).strip()
+        if bound.isdigit():
+            cached = sum(_field(folder + "memory.stat", name) for name in cache)
+            free = min(free, int(bound) - int(_text(folder + used)) + cached)
+    return free
+
+
+def _field(path: str, name: str) -> int:
+    """The number after `name` in a file of one name and value a line; 0 if it is not there."""
+    match = re.search(rf"^{name}\s+(\d+)", _text(path), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
