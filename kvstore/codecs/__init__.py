@@ -1,0 +1,93 @@
+"""Codecs: K and V of a block to bytes, and back. `CODECS` is the table; adding one is a file and a row.
+
+::
+
+    codec = create("int8", layout)
+    block = codec.encode(keys, values, start=0)
+    keys, values = codec.decode(EncodedBlock.from_bytes(block.to_bytes()))
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields
+from typing import Any
+
+from kvstore.block import EncodedBlock
+from kvstore.errors import ConfigError, LayoutMismatchError
+from kvstore.layout import KVLayout
+
+from .base import Codec, KVSample
+
+#: Name -> "module:Class", imported on use. Each class carries a `wire_id` that is never given to another format.
+CODECS: dict[str, str] = {
+    "raw": "kvstore.codecs.raw:RawCodec",
+    "int8": "kvstore.codecs.int8:Int8Codec",
+    "int4": "kvstore.codecs.int4:Int4Codec",
+    "int2": "kvstore.codecs.int2:Int2Codec",
+    "fp8": "kvstore.codecs.fp8:Fp8Codec",
+    "svd": "kvstore.codecs.svd:SvdCodec",
+    "transform": "kvstore.codecs.transform:TransformCodec",
+}
+
+_LAZY = {"Profile": "kvstore.codecs.profile", "calibrate": "kvstore.codecs.calibrate"}
+
+__all__ = ["CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all codecs, in the table's order."""
+    return tuple(CODECS)
+
+
+def codec_class(name: str) -> type[Codec]:
+    """The class behind `name`. Raises ConfigError, naming the known ones, for any other."""
+    if name not in CODECS:
+        raise ConfigError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
+    module, _, attribute = CODECS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def codec_for_wire_id(wire_id: int) -> type[Codec]:
+    """The class that wrote a block whose header says `wire_id`.
+
+    Raises
+    ------
+    LayoutMismatchError
+        For a number that this version does not know.
+    """
+    for name in CODECS:
+        if (cls := codec_class(name)).wire_id == wire_id:
+            return cls
+    raise LayoutMismatchError(f"codec number {wire_id} is not known to this version; known: {', '.join(CODECS)}")
+
+
+def create(name: str, layout: KVLayout, profile: Any = None, **options: Any) -> Codec:
+    """A codec for caches of `layout`.
+
+    Parameters
+    ----------
+    name : str
+        One of `names()`.
+    profile : Profile, optional
+        Needed by codecs with `uses_profile`, not looked at by others.
+    **options
+        Fields of the codec's `Config`.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name or option, or an impossible value.
+    """
+    cls = codec_class(name)
+    known = [f.name for f in fields(cls.Config)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"codec {name!r} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}")
+    return cls(layout, profile, cls.Config(**options))
+
+
+def __getattr__(attribute: str) -> Any:
+    if attribute in _LAZY:
+        return getattr(importlib.import_module(_LAZY[attribute]), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -1,0 +1,38 @@
+"""``raw``: the values themselves, bit for bit in the layout's dtype. The yardstick of every other codec.
+
+Payload: for each model layer, K then V, row-major [H, T, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore.block import Distortion
+
+from .base import Codec, Coded, Stored
+from .memory import tensor_from_buffer
+
+
+class RawCodec(Codec):
+    """No compression, no loss."""
+
+    name = "raw"
+    wire_id = 1
+
+    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+        both_BLKHTD = torch.stack((k_BLHTD, v_BLHTD), 2).cpu()
+        exact = (Distortion(0.0, 0.0),)
+        return [Coded((block.view(torch.uint8).numpy().tobytes(),), exact) for block in both_BLKHTD]
+
+    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        lay = self.layout
+        for block, k_LHTD, v_LHTD in zip(blocks, k_BLHTD, v_BLHTD, strict=True):
+            data = tensor_from_buffer(block.layers[0], k_BLHTD.device).view(lay.dtype)
+            both_LKHTD = data.view(lay.layers, 2, lay.kv_heads, block.tokens, lay.head_dim)
+            k_LHTD.copy_(both_LKHTD[:, 0])
+            v_LHTD.copy_(both_LKHTD[:, 1])
+
+    def _layer_bytes(self, start: int, tokens: int) -> tuple[int, ...]:
+        return (self.layout.bytes_per_token * tokens,)
