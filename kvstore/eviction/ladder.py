@@ -1,0 +1,80 @@
+"""What the next step down costs a block: loss of quality per byte freed, by rung.
+
+A block may be demoted to any lower rung, or dropped. Of these steps the one that loses least quality per byte is the block's next
+step; where a codec's lower rungs are so bad that dropping frees bytes more cheaply, dropping is the next step. Value of a step =
+expected reuse x loss per byte (DESIGN §8).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`rung` to go to (None: drop) and the quality lost per byte freed."""
+
+    rung: int | None
+    loss_per_byte: float
+
+
+def steps(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[Step, ...]:
+    """The cheapest next step from each rung.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Bytes at each rung, falling.
+    losses : tuple of float
+        Share of quality gone at each rung, rising from 0; the rest, down to 1, goes with a drop.
+    """
+    targets = [*zip(range(len(sizes)), sizes, losses, strict=True), (None, 0, 1.0)]
+    return tuple(
+        min(
+            (Step(to, max(lost - losses[rung], 0.0) / max(size - less, 1)) for to, less, lost in targets[rung + 1 :]),
+            key=lambda step: step.loss_per_byte,
+        )
+        for rung, size in enumerate(sizes)
+    )
+
+
+class StepTable:
+    """Numbers the different ``(sizes, losses)`` of blocks, so that a block keeps one byte instead of tuples.
+
+    Sizes are rounded to steps of about 19 % and losses to about 9 %: blocks of like cost share a number, and there are few.
+    When `limit` numbers are given out, further shapes share the last one of as many rungs.
+    """
+
+    def __init__(self, limit: int = 200) -> None:
+        self.limit = limit
+        self.rows: list[tuple[Step, ...]] = []
+        self._exact: dict[tuple[tuple[int, ...], tuple[float, ...]], int] = {}
+        self._rounded: dict[tuple[tuple[int, ...], ...], int] = {}
+
+    def number(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> int:
+        """The number of this shape; the same for shapes that cost about the same."""
+        found = self._exact.get((sizes, losses))
+        if found is not None:
+            return found
+        rounded = (
+            tuple(round(4 * math.log2(max(size, 1))) for size in sizes),
+            tuple(round(8 * math.log2(max(loss, 1e-6))) for loss in losses),
+        )
+        found = self._rounded.get(rounded)
+        if found is None:
+            found = self._new(rounded, steps(sizes, losses))
+        if len(self._exact) < 4 * self.limit:
+            self._exact[sizes, losses] = found
+        return found
+
+    def _new(self, rounded: tuple[tuple[int, ...], ...], row: tuple[Step, ...]) -> int:
+        if len(self.rows) >= self.limit:
+            same = [n for n, other in enumerate(self.rows) if len(other) == len(row)]
+            if same:
+                return same[-1]
+            if len(self.rows) >= 255:
+                raise OverflowError("more than 255 kinds of fidelity ladder on one node")
+        self.rows.append(row)
+        self._rounded[rounded] = len(self.rows) - 1
+        return len(self.rows) - 1
