@@ -1,0 +1,68 @@
+# Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo up down test test-gpu lint protos lock image
+
+PYTHON ?= python3
+MODEL ?=
+NODES ?= 2
+WORKERS ?= 1
+TESTS ?=
+IMAGE ?= concertina:dev
+
+BIN := .venv/bin
+PROTOS := protos/concertina/kvstore/v1/kvstore.proto protos/concertina/inference/v1/inference.proto
+SETUP_FILES := pyproject.toml constraints.txt deploy/setup/install_torch.py
+# A new name when the lock or the place of this folder changes, so that the environment is brought up to date then, and only then.
+STAMP := .venv/.setup-$(shell { cat $(SETUP_FILES); echo "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, IMAGE=$(IMAGE)"
+
+setup: $(STAMP) model ## make .venv from the lock and fetch the default model (once; then it takes a moment)
+
+model: $(STAMP)
+	@$(BIN)/python -m services.model > /dev/null
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: $(PYTHON) is missing or older than Python 3.11; run: make setup PYTHON=python3.11"; exit 1; }
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv || \
+		{ echo "setup: $(PYTHON) -m venv failed; on Debian and Ubuntu it is in the package python3-venv"; exit 1; }
+	$(BIN)/python deploy/setup/install_torch.py constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@rm -f .venv/.setup-* && touch $@
+
+demo: setup ## the main job on this machine: cold, warm, second worker, eviction, a killed node; at most a few minutes
+	$(BIN)/concertina demo
+
+up: setup ## start Valkey, NODES store nodes and WORKERS workers with MODEL; prints how to call them
+	$(BIN)/concertina up --nodes $(NODES) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)")
+
+down: ## end what `make up` started
+	$(BIN)/concertina down
+
+test: setup ## all tests that need no GPU
+	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu $(TESTS)
+
+lint: setup ## ruff, import layers, buf, sizes of files and functions, generated protos up to date
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/python -m pytest -q tests/contract/test_repository.py
+
+protos: setup ## regenerate the gRPC code beside the .proto files
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+lock: setup ## write what is installed now to constraints.txt
+	{ head -n 1 constraints.txt; { $(BIN)/python -m pip freeze --exclude-editable; grep '^uv==' constraints.txt; } \
+		| sed 's/+cpu$$//' | sort -fu; } > .venv/lock && cp .venv/lock constraints.txt
+
+image: ## build the container image IMAGE
+	docker build -f deploy/docker/Dockerfile -t $(IMAGE) .
