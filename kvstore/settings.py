@@ -77,6 +77,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def set_environment(values: dict[str, str]) -> None:
+    """Set variables for libraries that read the environment when they are imported. Only the program of a process calls this."""
+    os.environ.update(values)
+
+
 def cache_dir() -> Path:
     """Where models and profiles are kept: ``${XDG_CACHE_HOME:-~/.cache}/concertina``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "concertina"
