@@ -1,0 +1,157 @@
+"""Interleaved rANS on the CPU (J. Duda, arXiv 1311.2540; interleaving: F. Giesen, arXiv 1402.3392), compiled by numba.
+
+A stream codes a matrix of numbers [rows, tokens], row after row. Number n belongs to lane ``n mod LANES``; each lane is a coder of its
+own with a 32-bit state, so that several decode at once (a CPU overlaps them, a GPU gives each a thread). Format, little-endian
+16-bit words::
+
+    2 · LANES words   final states of the encoder, low half first
+    words             what the lanes need, in the order of n
+
+States live in [2^16, 2^32) and take in a word when they fall below. The encoder starts each lane at 2^16; a decoder that does not end
+there, or has words left, has read garbage. Memory: nothing but the given arrays.
+
+The kernels release the GIL and use no threads of their own: callers spread streams over a pool (`kvstore.codecs.transform.parallel`).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from .book import ESCAPE_BASE, ESCAPE_BITS, PROBABILITY_BITS
+
+LANES = 8
+LOW = 1 << 16
+_MASK = (1 << PROBABILITY_BITS) - 1
+#: Words at the head of every stream.
+STATE_WORDS = 2 * LANES
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+def max_words(count: int) -> int:
+    """Words that a stream of `count` numbers can take at most: one for the symbol and one for its plain bits."""
+    return STATE_WORDS + 2 * count
+
+
+@_jit
+def encode(numbers, contexts, tables, out, freq, start, slots, first, shift, escape):  # type: ignore[no-untyped-def]
+    """Code one stream.
+
+    Parameters
+    ----------
+    numbers : int16 [rows, tokens]
+    contexts : uint8 [rows, tokens]
+        Which of the row's tables each number uses.
+    tables : int16 [rows, contexts]
+        Table of the book; -1 where nothing is coded.
+    out : uint16 [at least max_words(rows * tokens)]
+        The stream is written to its *end*.
+    freq … escape
+        `Book.arrays`.
+
+    Returns
+    -------
+    int
+        Index in `out` at which the stream begins.
+    """
+    rows, tokens = numbers.shape
+    state = np.full(LANES, LOW, dtype=np.uint32)
+    at = out.size
+    for row in range(rows - 1, -1, -1):
+        for token in range(tokens - 1, -1, -1):
+            table = tables[row, contexts[row, token]]
+            if table < 0:
+                continue
+            lane = (row * tokens + token) % LANES
+            number = numba.int32(numbers[row, token])
+            offset = number - first[table]
+            bits = numba.uint32(shift[table])
+            symbol = offset >> bits
+            x = state[lane]
+            if escape[table] >= 0 and (offset < 0 or symbol >= escape[table] or freq[table, symbol] == 0):
+                symbol = numba.int32(escape[table])
+                bits = numba.uint32(ESCAPE_BITS)
+                offset = number - ESCAPE_BASE
+            if bits > 0:
+                if x >= (numba.uint64(1) << (32 - bits)):
+                    at -= 1
+                    out[at] = x & 0xFFFF
+                    x >>= numba.uint32(16)
+                x = numba.uint32((x << bits) | (numba.uint32(offset) & ((numba.uint32(1) << bits) - 1)))
+            f = numba.uint32(freq[table, symbol])
+            if x >= (numba.uint64(f) << (32 - PROBABILITY_BITS)):
+                at -= 1
+                out[at] = x & 0xFFFF
+                x >>= numba.uint32(16)
+            state[lane] = numba.uint32(((x // f) << PROBABILITY_BITS) + (x % f) + start[table, symbol])
+    for lane in range(LANES - 1, -1, -1):
+        out[at - 1] = state[lane] >> 16
+        out[at - 2] = state[lane] & 0xFFFF
+        at -= 2
+    return at
+
+
+@_jit
+def decode(words, contexts, tables, numbers, freq, start, slots, first, shift, escape):  # type: ignore[no-untyped-def]
+    """Read one stream into `numbers`; the inverse of `encode`, with the same arguments.
+
+    Parameters
+    ----------
+    words : uint16 [any]
+        Untrusted.
+    numbers : int16 [rows, tokens]
+        Written where a table applies, 0 elsewhere.
+
+    Returns
+    -------
+    bool
+        Whether `words` was a stream that `encode` could have written. `numbers` is garbage if not.
+    """
+    rows, tokens = numbers.shape
+    size = words.size
+    if size < STATE_WORDS:
+        return False
+    state = np.empty(LANES, dtype=np.uint32)
+    for lane in range(LANES):
+        state[lane] = words[2 * lane] | (numba.uint32(words[2 * lane + 1]) << numba.uint32(16))
+        if state[lane] < LOW:
+            return False
+    at = STATE_WORDS
+    for row in range(rows):
+        for token in range(tokens):
+            table = tables[row, contexts[row, token]]
+            if table < 0:
+                numbers[row, token] = 0
+                continue
+            lane = (row * tokens + token) % LANES
+            x = state[lane]
+            slot = x & _MASK
+            symbol = slots[table, slot]
+            x = numba.uint32(freq[table, symbol] * (x >> numba.uint32(PROBABILITY_BITS)) + slot - start[table, symbol])
+            if x < LOW:
+                if at >= size:
+                    return False
+                x = numba.uint32((x << numba.uint32(16)) | words[at])
+                at += 1
+            bits = numba.uint32(shift[table])
+            number = first[table] + (numba.int32(symbol) << bits)
+            if symbol == escape[table]:
+                bits = numba.uint32(ESCAPE_BITS)
+                number = ESCAPE_BASE
+            if bits > 0:
+                number += numba.int32(x & ((numba.uint32(1) << bits) - numba.uint32(1)))
+                x >>= bits
+                if x < LOW:
+                    if at >= size:
+                        return False
+                    x = numba.uint32((x << numba.uint32(16)) | words[at])
+                    at += 1
+            state[lane] = x
+            numbers[row, token] = number
+    if at != size:
+        return False
+    for lane in range(LANES):
+        if state[lane] != LOW:
+            return False
+    return True
