@@ -14,6 +14,10 @@ __all__ = ["DEFAULT", "POLICIES", "BlockInfo", "EvictionPolicy", "Request", "Vic
 #: Name -> class, imported on use.
 POLICIES: dict[str, str] = {
     "lru": "kvstore.eviction.lru:LruPolicy",
+    "fifo": "kvstore.eviction.fifo:FifoPolicy",
+    "s3fifo": "kvstore.eviction.s3fifo:S3FifoPolicy",
+    "gdsf": "kvstore.eviction.gdsf:GdsfPolicy",
+    "opt": "kvstore.eviction.opt:OptPolicy",
 }
 
 #: The policy that runs where none is named.

@@ -1,8 +1,9 @@
-"""What the next step down costs a block: loss of quality per byte freed, by rung.
+"""What the next step down costs a block: share of its quality lost, per share of its bytes freed.
 
-A block may be demoted to any lower rung, or dropped. Of these steps the one that loses least quality per byte is the block's next
-step; where a codec's lower rungs are so bad that dropping frees bytes more cheaply, dropping is the next step. Value of a step =
-expected reuse x loss per byte (DESIGN §8).
+A block may be demoted to any lower rung, or dropped. Of these steps the one that loses least per byte is the block's next step;
+where a codec's lower rungs are so bad that dropping frees bytes more cheaply, dropping is the next step. Value of a step =
+expected reuse x loss per byte (DESIGN §8). Bytes are counted in units of the block's full size, because the time that a block
+saves grows with its tokens as its full size does: dropping a whole block costs 1 whatever its length.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`rung` to go to (None: drop) and the quality lost per byte freed."""
+    """`rung` to go to (None: drop) and `loss`, the share of quality lost per share of the full size freed."""
 
     rung: int | None
-    loss_per_byte: float
+    loss: float
 
 
 def steps(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[Step, ...]:
@@ -29,21 +30,22 @@ def steps(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[Step, ...]
     losses : tuple of float
         Share of quality gone at each rung, rising from 0; the rest, down to 1, goes with a drop.
     """
+    full = max(sizes[0], 1)
     targets = [*zip(range(len(sizes)), sizes, losses, strict=True), (None, 0, 1.0)]
     return tuple(
         min(
-            (Step(to, max(lost - losses[rung], 0.0) / max(size - less, 1)) for to, less, lost in targets[rung + 1 :]),
-            key=lambda step: step.loss_per_byte,
+            (Step(to, max(lost - losses[rung], 0.0) * full / max(size - less, 1)) for to, less, lost in targets[rung + 1 :]),
+            key=lambda step: step.loss,
         )
         for rung, size in enumerate(sizes)
     )
 
 
 class StepTable:
-    """Numbers the different ``(sizes, losses)`` of blocks, so that a block keeps one byte instead of tuples.
+    """Numbers the different ladders of blocks, so that a block keeps one byte instead of tuples.
 
-    Sizes are rounded to steps of about 19 % and losses to about 9 %: blocks of like cost share a number, and there are few.
-    When `limit` numbers are given out, further shapes share the last one of as many rungs.
+    Relative sizes are rounded to 1/32 of the full size and losses to steps of about 9 %, so there are few. When `limit` numbers
+    are given out, further ladders share the last one of as many rungs.
     """
 
     def __init__(self, limit: int = 200) -> None:
@@ -53,12 +55,12 @@ class StepTable:
         self._rounded: dict[tuple[tuple[int, ...], ...], int] = {}
 
     def number(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> int:
-        """The number of this shape; the same for shapes that cost about the same."""
+        """The number of this ladder; the same for ladders that cost about the same."""
         found = self._exact.get((sizes, losses))
         if found is not None:
             return found
         rounded = (
-            tuple(round(4 * math.log2(max(size, 1))) for size in sizes),
+            tuple(round(32 * size / max(sizes[0], 1)) for size in sizes),
             tuple(round(8 * math.log2(max(loss, 1e-6))) for loss in losses),
         )
         found = self._rounded.get(rounded)

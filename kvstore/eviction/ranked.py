@@ -38,7 +38,7 @@ class RankedPolicy(EvictionPolicy):
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         table, ranks, used, now = self.table, self.ranks, self.used, request.now
-        for block in blocks:
+        for block in reversed(blocks):  # children first, so that what has one is not taken for a leaf
             slot = table.find(block.id)
             fresh = slot < 0
             if fresh:
@@ -58,7 +58,7 @@ class RankedPolicy(EvictionPolicy):
         for rung in range(len(self._heaps)):
             slot = self._top(rung)
             if slot >= 0:
-                value = self.table.step(slot).loss_per_byte * self.reuse(slot, now)
+                value = self.table.step(slot).loss * self.reuse(slot, now)
                 if best is None or value < best[0]:
                     best = (value, slot)
         if best is None:

@@ -1,0 +1,87 @@
+"""What is remembered of blocks that left: a bounded ring of 64-bit fingerprints, 28 bytes each.
+
+A fingerprint that two blocks share (odds of 1 in 10^12 at a million ghosts) confuses the statistics of one block, nothing else.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from .base import BlockId
+
+NONE = -1
+_EMPTY = 0xFFFFFFFF
+
+
+class Ghosts:
+    """The newest ghosts, at most `per_block` for each resident block (by the largest number of residents so far).
+
+    Parameters
+    ----------
+    per_block : float
+        Ghosts kept for each resident block.
+    """
+
+    def __init__(self, per_block: float) -> None:
+        self.per_block = per_block
+        self._at = 0
+        self._clear(64)
+
+    def remember(self, id: BlockId, state: int, time: float, residents: int) -> tuple[int, float] | None:
+        """Keep `state` (32 bits, not all ones) and `time` of a block that left. Answers state and time of the ghost forgotten for it."""
+        if residents * self.per_block > 1.25 * len(self._hash):
+            self._enlarge(int(1.5 * residents * self.per_block))
+        at = self._at
+        self._at = at + 1 if at + 1 < len(self._hash) else 0
+        forgotten = None
+        if self._state[at] != _EMPTY:
+            forgotten = (self._state[at], self._time[at])
+            self._unlink(at)
+        self._put(at, hash(id), state, time)
+        return forgotten
+
+    def take(self, id: BlockId) -> tuple[int, float] | None:
+        """State and time of a block that came back, which is a ghost no more; None for one that is not remembered."""
+        hashed = hash(id)
+        at, hashes, following = self._heads[hashed & (len(self._heads) - 1)], self._hash, self._next
+        while at >= 0 and hashes[at] != hashed:
+            at = following[at]
+        if at < 0:
+            return None
+        found = (self._state[at], self._time[at])
+        self._unlink(at)
+        self._state[at] = _EMPTY
+        return found
+
+    def _clear(self, size: int) -> None:
+        self._hash = array("q", [0]) * size
+        self._time = array("d", [0.0]) * size
+        self._state = array("L" if array("L").itemsize == 4 else "I", [_EMPTY]) * size
+        self._next = array("i", [NONE]) * size
+        self._heads = array("i", [NONE]) * (1 << max(size - 1, 1).bit_length())
+
+    def _put(self, at: int, hashed: int, state: int, time: float) -> None:
+        self._hash[at], self._state[at], self._time[at] = hashed, state, time
+        head = hashed & (len(self._heads) - 1)
+        self._next[at], self._heads[head] = self._heads[head], at
+
+    def _unlink(self, at: int) -> None:
+        head, following = self._hash[at] & (len(self._heads) - 1), self._next
+        before = self._heads[head]
+        if before == at:
+            self._heads[head] = following[at]
+            return
+        while following[before] != at:
+            before = following[before]
+        following[before] = following[at]
+
+    def _enlarge(self, size: int) -> None:
+        old = [
+            (self._hash[at], self._state[at], self._time[at])
+            for at in (*range(self._at, len(self._hash)), *range(self._at))
+            if self._state[at] != _EMPTY
+        ]
+        self._clear(size)
+        for at, ghost in enumerate(old):
+            self._put(at, *ghost)
+        self._at = len(old)
