@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from kvstore.errors import InvalidInputError
 from kvstore.identity import DIGEST_BYTES
@@ -113,9 +113,8 @@ class IndexEntry:
     fidelity: int
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """One holder of a block: `incarnation` is 16 hexadecimal digits."""
+class Location(NamedTuple):
+    """One holder of a block: `incarnation` is 16 hexadecimal digits. A tuple, since a lookup makes thousands."""
 
     incarnation: str
     size_bytes: int
@@ -202,9 +201,9 @@ def check_incarnation(incarnation: str) -> bytes:
 
 def check_keys(keys: Iterable[bytes]) -> None:
     """Raises InvalidInputError unless every key is 32 bytes."""
-    for key in keys:
-        if len(key) != DIGEST_BYTES:
-            raise InvalidInputError(f"a block key has {DIGEST_BYTES} bytes, not {len(key)}; digests are never cut short")
+    wrong = set(map(len, keys)) - {DIGEST_BYTES}
+    if wrong:
+        raise InvalidInputError(f"a block key has {DIGEST_BYTES} bytes, not {min(wrong)}; digests are never cut short")
 
 
 def check_value(name: str, value: bytes) -> None:

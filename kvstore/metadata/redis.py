@@ -1,0 +1,275 @@
+"""Metadata in Redis ≥ 6.2, Valkey, or a Redis Cluster: soft state in small hashes.
+
+Keys, with the prefix ``concertina``::
+
+    concertina:b:<n>           hash, block key (32 bytes) -> holders; n = the key's leading 17 bits, in hexadecimal
+    concertina:nodes           set of incarnations                       concertina:workers      set of worker ids
+    concertina:n:<incarnation> JSON of NodeRecord, expires by itself     concertina:w:<id>       JSON of WorkerRecord, expires
+    concertina:m:<inc>:<i>     one marker on each shard of a cluster, so that a node notices when one shard lost its state
+    concertina:v:<name>        small values
+
+Holders are packed: 8 bytes of incarnation, size u32, fidelity u8, 13 bytes each, at most four of them. So no value passes 64 bytes
+and, up to 10 million blocks (76 a bucket), Redis keeps every bucket in its compact form (hash-max-listpack-*, ≤ 128 × 64 bytes):
+about 60 bytes a block instead of the 200 and more of one key each. Buckets spread over all slots, so one namespace uses every
+shard. No command touches two keys, no script loops beyond the fields it was given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha1
+from typing import Any, TypeVar
+
+import numpy as np
+
+from kvstore.errors import ConfigError, InvalidInputError
+from kvstore.identity import DIGEST_BYTES
+
+from .base import (
+    MAX_HOLDERS,
+    NODE_TTL_S,
+    IndexEntry,
+    Location,
+    Metadata,
+    NodeRecord,
+    WorkerRecord,
+    check_incarnation,
+    check_keys,
+    check_value,
+    newest_by_place,
+)
+from .resp import Endpoint, pack
+from .shards import Shards
+
+BUCKET_BITS = 17
+#: Blocks announced or withdrawn in one round trip, and looked up in one.
+WRITE_BATCH = 512
+READ_BATCH = 8192
+#: Fields that one call of a script touches.
+SCRIPT_FIELDS = 64
+MAX_RECORD_BYTES = 8192
+
+_HOLDER = struct.Struct("<8sIB")
+_PLACE = struct.Struct("<IB")
+
+# KEYS[1] bucket; ARGV[1] incarnation (8 bytes); then pairs: block key, size and fidelity (5 bytes).
+# Puts the holder in front of at most three others. Returns the number of blocks.
+_ANNOUNCE = b"""
+for i = 2, #ARGV, 2 do
+  local value = ARGV[1] .. ARGV[i + 1]
+  local old = redis.call('HGET', KEYS[1], ARGV[i]) or ''
+  for at = 1, math.min(#old, 52) - 12, 13 do
+    if #value < 52 and string.sub(old, at, at + 7) ~= ARGV[1] then
+      value = value .. string.sub(old, at, at + 12)
+    end
+  end
+  redis.call('HSET', KEYS[1], ARGV[i], value)
+end
+return (#ARGV - 1) / 2
+"""
+
+# KEYS[1] bucket; ARGV[1] incarnation (8 bytes); then block keys. Removes that holder, and the field with the last one.
+# Returns the number of holders removed.
+_WITHDRAW = b"""
+local removed = 0
+for i = 2, #ARGV do
+  local old = redis.call('HGET', KEYS[1], ARGV[i])
+  if old then
+    local value = ''
+    for at = 1, #old - 12, 13 do
+      if string.sub(old, at, at + 7) == ARGV[1] then
+        removed = removed + 1
+      else
+        value = value .. string.sub(old, at, at + 12)
+      end
+    end
+    if value == '' then
+      redis.call('HDEL', KEYS[1], ARGV[i])
+    elseif value ~= old then
+      redis.call('HSET', KEYS[1], ARGV[i], value)
+    end
+  end
+end
+return removed
+"""
+
+T = TypeVar("T")
+Record = TypeVar("Record", NodeRecord, WorkerRecord)
+
+
+class RedisMetadata(Metadata):
+    """See `Metadata` for the contract and the module for the keys.
+
+    Parameters
+    ----------
+    url : str
+        ``redis://``, ``rediss://`` or ``unix://``; of a cluster, any member.
+    prefix : str
+        Start of every key. No braces: they would put all keys into one slot.
+    timeout_s : float
+        Deadline of each round trip, connecting included.
+    """
+
+    def __init__(self, url: str, prefix: str = "concertina", timeout_s: float = 0.8) -> None:
+        if not prefix or not prefix.isprintable() or set(prefix) & set("{} "):
+            raise ConfigError(f"prefix {prefix!r} must not be empty nor have braces or spaces")
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s must be above 0, not {timeout_s}")
+        self._prefix = prefix.encode()
+        scripts = [pack("SCRIPT", "LOAD", text) for text in (_ANNOUNCE, _WITHDRAW)]
+        self.shards = Shards(Endpoint.from_url(url), timeout_s, scripts)
+        # HGET of a bucket as literal bytes: formatting beats packing words several times, and a lookup does it thousands of times.
+        bucket = b"%s:b:%05x" % (self._prefix, 0)
+        self._hget = b"*3\r\n$4\r\nHGET\r\n$%d\r\n%s:b:%%05x\r\n$32\r\n%%b\r\n" % (len(bucket), self._prefix.replace(b"%", b"%%"))
+
+    async def announce(self, incarnation: str, entries: Sequence[IndexEntry]) -> None:
+        own = check_incarnation(incarnation)
+        check_keys(entry.key for entry in entries)
+        for batch in _batches(sorted(entries, key=lambda e: e.key), WRITE_BATCH):
+            fields = [(entry.key, (entry.key, _PLACE.pack(min(entry.size_bytes, 0xFFFFFFFF), min(entry.fidelity, 255)))) for entry in batch]
+            await self._run_script(_ANNOUNCE, own, fields)
+
+    async def withdraw(self, incarnation: str, keys: Sequence[bytes]) -> None:
+        own = check_incarnation(incarnation)
+        check_keys(keys)
+        for batch in _batches(sorted(keys), WRITE_BATCH):
+            await self._run_script(_WITHDRAW, own, [(key, (key,)) for key in batch])
+
+    async def _run_script(self, script: bytes, own: bytes, fields: list[tuple[bytes, tuple[bytes, ...]]]) -> None:
+        """Run `script` on each bucket of the sorted `fields`, all in one round trip; loads it again where the server forgot it."""
+        digest = sha1(script).hexdigest()
+        calls = []
+        for bucket, group in itertools.groupby(fields, key=lambda f: self._bucket(f[0])):
+            for part in _batches([args for _, args in group], SCRIPT_FIELDS):
+                calls.append((bucket, [1, bucket, own, *itertools.chain.from_iterable(part)]))
+        replies = await self._run((bucket, pack("EVALSHA", digest, *words)) for bucket, words in calls)
+        again = [call for call, reply in zip(calls, replies, strict=True) if isinstance(reply, Exception)]
+        if again:
+            await self._run((bucket, pack("EVAL", script, *words)) for bucket, words in again)
+
+    async def _run(self, commands: Iterable[tuple[bytes, bytes]]) -> list[Any]:
+        """The replies to pairs of key and packed command."""
+        keys, packed = zip(*commands, strict=True)
+        return await self.shards.run(packed, keys)
+
+    async def locate(self, keys: Sequence[bytes]) -> list[tuple[Location, ...]]:
+        check_keys(keys)
+        found: list[tuple[Location, ...]] = []
+        known: dict[bytes, tuple[Location, ...]] = {}
+        clustered = bool(await self.shards.primaries())
+        for batch in _batches(keys, READ_BATCH):
+            buckets = np.frombuffer(b"".join(batch), ">u4")[:: DIGEST_BYTES // 4] >> (32 - BUCKET_BITS)
+            commands = [self._hget % pair for pair in zip(buckets.tolist(), batch, strict=True)]
+            for value in await self.shards.run(commands, [self._bucket(key) for key in batch] if clustered else ()):
+                places = known.get(value) if isinstance(value, bytes) else ()
+                if places is None:  # blocks of one size on one node have equal values: most are unpacked once
+                    places = known[value] = _locations(value)
+                found.append(places)
+        return found
+
+    async def heartbeat(self, record: NodeRecord, ttl_s: float = NODE_TTL_S) -> bool:
+        check_incarnation(record.incarnation)
+        value, ttl_ms = _json(record), max(1, int(ttl_s * 1000))
+        own = self._key("n", record.incarnation)
+        beats = [(own, pack("SET", own, value, "PX", ttl_ms, "GET"))]
+        for marker in await self._markers(record.incarnation):
+            beats.append((marker, pack("SET", marker, b"1", "PX", ttl_ms, "GET")))
+        members = self._key("nodes")
+        replies = await self._run([*beats, (members, pack("SADD", members, record.incarnation))])
+        return None not in replies[: len(beats)]
+
+    async def _markers(self, incarnation: str) -> list[bytes]:
+        """One key on every shard that does not hold the node's own; none where there is no cluster."""
+        missing = set(await self.shards.primaries())
+        missing.discard(self.shards.owner_of(self._key("n", incarnation)))
+        markers = []
+        for number in itertools.count():
+            if not missing:
+                return markers
+            marker = self._key("m", incarnation, str(number))
+            owner = self.shards.owner_of(marker)
+            if owner in missing:
+                missing.discard(owner)
+                markers.append(marker)
+
+    async def leave(self, record: NodeRecord) -> None:
+        await self._forget("nodes", "n", [record.incarnation])
+
+    async def nodes(self) -> list[NodeRecord]:
+        return newest_by_place(await self._members("nodes", "n", NodeRecord))
+
+    async def heartbeat_worker(self, record: WorkerRecord, ttl_s: float = NODE_TTL_S) -> None:
+        own, members = self._key("w", record.id), self._key("workers")
+        beat = pack("SET", own, _json(record), "PX", max(1, int(ttl_s * 1000)))
+        await self._run([(own, beat), (members, pack("SADD", members, record.id))])
+
+    async def leave_worker(self, worker_id: str) -> None:
+        await self._forget("workers", "w", [worker_id])
+
+    async def workers(self) -> list[WorkerRecord]:
+        return sorted(await self._members("workers", "w", WorkerRecord), key=lambda r: r.id)
+
+    async def _members(self, group: str, kind: str, record: type[Record]) -> list[Record]:
+        """The unexpired records of a set of ids; ids whose record has expired leave the set."""
+        members = self._key(group)
+        (ids,) = await self._run([(members, pack("SMEMBERS", members))])
+        keys = [self._key(kind, i.decode(errors="replace")) for i in ids]
+        values = await self._run([(key, pack("GET", key)) for key in keys]) if keys else []
+        if gone := [i for i, value in zip(ids, values, strict=True) if value is None]:
+            await self._run([(members, pack("SREM", members, *gone))])
+        return [parsed for value in values if (parsed := _parse(value, record)) is not None]
+
+    async def _forget(self, group: str, kind: str, ids: list[str]) -> None:
+        members, keys = self._key(group), [self._key(kind, i) for i in ids]
+        await self._run([(members, pack("SREM", members, *ids)), *((k, pack("DEL", k)) for k in keys)])
+
+    async def set_value(self, name: str, value: bytes) -> None:
+        check_value(name, value)
+        key = self._key("v", name)
+        await self._run([(key, pack("SET", key, bytes(value)))])
+
+    async def get_value(self, name: str) -> bytes | None:
+        key = self._key("v", name)
+        (value,) = await self._run([(key, pack("GET", key))])
+        return value
+
+    async def close(self) -> None:
+        await self.shards.close()
+
+    def _bucket(self, key: bytes) -> bytes:
+        return b"%s:b:%05x" % (self._prefix, int.from_bytes(key[:4], "big") >> (32 - BUCKET_BITS))
+
+    def _key(self, *words: str) -> bytes:
+        return b":".join((self._prefix, *(w.encode() for w in words)))
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
+
+
+def _locations(value: Any) -> tuple[Location, ...]:
+    """Unpack a field's value; anything that we did not write is no holder."""
+    if not isinstance(value, bytes) or not value or len(value) % _HOLDER.size or len(value) > MAX_HOLDERS * _HOLDER.size:
+        return ()
+    return tuple(Location(own.hex(), size, fidelity) for own, size, fidelity in _HOLDER.iter_unpack(value))
+
+
+def _json(record: NodeRecord | WorkerRecord) -> bytes:
+    value = json.dumps(record.to_dict(), separators=(",", ":")).encode()
+    if len(value) > MAX_RECORD_BYTES:
+        raise InvalidInputError(f"a member's record may have {MAX_RECORD_BYTES} bytes, not {len(value)}; shorten its names")
+    return value
+
+
+def _parse(value: Any, record: type[Record]) -> Record | None:
+    """The record in `value`; None for what is expired or was not written by us."""
+    if not isinstance(value, bytes) or len(value) > MAX_RECORD_BYTES:
+        return None
+    try:
+        return record.from_dict(json.loads(value))
+    except (ValueError, RecursionError, InvalidInputError):
+        return None
