@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .device import Arena, available_memory, create
+from .host import host_identity
 from .pages import AccountingError, Extent, PageAllocator
 
-__all__ = ["AccountingError", "Arena", "Extent", "PageAllocator", "available_memory", "create"]
+__all__ = ["AccountingError", "Arena", "Extent", "PageAllocator", "available_memory", "create", "host_identity"]

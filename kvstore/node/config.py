@@ -1,0 +1,102 @@
+"""Settings of one store node."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvstore.errors import ConfigError
+
+#: Most keys that one call may name.
+MAX_KEYS = 65_536
+#: Longest lease that a reader may ask for.
+MAX_LEASE_S = 60.0
+#: Longest pin.
+MAX_PIN_S = 86_400
+#: Payload bytes of one frame of a Get stream; also the most that a copy may take at once on the event loop.
+FRAME_BYTES = 1 << 20
+#: Payload bytes that one frame of a Put stream may hold.
+MAX_FRAME_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything a node can be told. Checked when it is made.
+
+    Parameters
+    ----------
+    redis : str
+        Where the cluster's metadata is; empty for a node by itself.
+    listen : str
+        ``host:port`` of the gRPC service; port 0 takes a free one.
+    advertise : str
+        Host under which others reach this node; empty derives it from `listen`.
+    metrics : str
+        ``host:port`` of the metrics page; empty for none.
+    arena : int
+        Bytes of the arena.
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:N``.
+    policy : str
+        Name of the eviction policy.
+    id : str
+        Name of the node; empty draws one.
+    page_bytes : int
+        Bytes of a page, a power of two from 512 to 1 MiB.
+    heartbeat_s : float
+        Seconds between two heartbeats.
+    max_leases : int
+        Leases held at one time.
+    lease_share, pin_share : float
+        Largest part of the arena under lease, and pinned.
+    get_hold_s : float
+        A Get holds its blocks for so long; a reader slower than that may lose some, never gets wrong ones.
+    put_timeout_s, get_timeout_s : float
+        Longest that one Put or Get stream may last.
+    drain_s : float
+        At the end, seconds that running calls have to finish.
+    max_streams : int
+        Calls served at one time.
+    """
+
+    redis: str = ""
+    listen: str = "127.0.0.1:0"
+    advertise: str = ""
+    metrics: str = ""
+    arena: int = 256 << 20
+    device: str = "cpu"
+    policy: str = "lru"
+    id: str = ""
+    page_bytes: int = 4096
+    heartbeat_s: float = 0.5
+    max_leases: int = 4096
+    lease_share: float = 0.25
+    pin_share: float = 0.5
+    get_hold_s: float = 10.0
+    put_timeout_s: float = 60.0
+    get_timeout_s: float = 60.0
+    drain_s: float = 5.0
+    max_streams: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("listen", "metrics"):
+            value = getattr(self, name)
+            if (value or name == "listen") and not _is_address(value):
+                raise ConfigError(f"--{name} {value!r} is no HOST:PORT; write it as 127.0.0.1:7000, port 0 takes a free one")
+        if self.page_bytes & (self.page_bytes - 1) or not 512 <= self.page_bytes <= 1 << 20:
+            raise ConfigError(f"--page-bytes {self.page_bytes} must be a power of two from 512 to 1048576")
+        if self.arena < self.page_bytes:
+            raise ConfigError(f"--arena of {self.arena} bytes holds no page of {self.page_bytes}; give a size such as 256MiB")
+        if self.id and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.id):
+            raise ConfigError(f"--id {self.id!r} may have up to 64 letters, digits, dots, dashes and underscores")
+        for name in ("lease_share", "pin_share"):
+            if not 0 < getattr(self, name) <= 0.5:
+                raise ConfigError(f"{name} must be above 0 and at most 0.5, not {getattr(self, name)}")
+        for name in ("heartbeat_s", "get_hold_s", "put_timeout_s", "get_timeout_s", "drain_s", "max_leases", "max_streams"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(host and colon) and port.isdecimal() and int(port) < 65_536

@@ -1,0 +1,381 @@
+"""All decisions of a node, without a tensor, a socket or a clock of its own (sans-I/O).
+
+The server calls these methods from its event loop, one at a time, and moves the bytes itself. The law that holds between any two
+calls, and that `check` verifies: used + reserved + free pages = pages of the arena, and no page has two owners.
+
+Life of a put: `reserve` makes room and takes pages, the server writes and verifies them, `commit` makes the block visible or `abort`
+gives the pages back. Life of a get: `plan_get` leases what is there, the server copies and asks `intact` after each copy whether the
+bytes were still the block's, `release` ends the lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvstore.arena.pages import AccountingError, Extent, PageAllocator
+from kvstore.block import BlockHeader
+from kvstore.clock import Clock
+from kvstore.errors import CapacityError, InvalidInputError
+from kvstore.eviction.base import EvictionPolicy, Request
+from kvstore.identity import DIGEST_BYTES
+
+from .config import MAX_KEYS, MAX_LEASE_S, MAX_PIN_S, NodeConfig
+from .leases import LeaseTable, PinTable
+from .quality import is_better
+from .status import Status
+from .table import BlockTable, Entry, pages_of
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Pages for one block that is being written; invisible to readers."""
+
+    header: BlockHeader
+    layers: list[tuple[Extent, ...]]
+    request: Request
+    parent: Entry | None
+
+    @property
+    def pages(self) -> int:
+        return sum(extent.count for layer in self.layers for extent in layer)
+
+
+class Found(NamedTuple):
+    """A block as one reader saw it: valid while ``entry.generation == generation``."""
+
+    entry: Entry
+    generation: int
+    header: BlockHeader
+    layers: tuple[tuple[Extent, ...], ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Events since the start, by label."""
+
+    evictions: Counter[str] = field(default_factory=Counter)
+    demotions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class NodeEngine:
+    """The node's state and every change of it.
+
+    Parameters
+    ----------
+    config : NodeConfig
+    clock : Clock
+    policy : EvictionPolicy
+    allocator : PageAllocator
+    on_change : callable
+        Told each key whose presence or fidelity changed, for the index.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        clock: Clock,
+        policy: EvictionPolicy,
+        allocator: PageAllocator,
+        on_change: Callable[[bytes], None] = lambda key: None,
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.policy = policy
+        self.allocator = allocator
+        self.table = BlockTable()
+        self.tally = Tally()
+        self.reserved_pages = 0
+        self.changes = 0  # rises with every change of pages, so that idleness can be seen
+        arena = allocator.pages * config.page_bytes
+        self.leases = LeaseTable(config.max_leases, int(arena * config.lease_share))
+        self.pins = PinTable(int(arena * config.pin_share))
+        self._on_change = on_change
+        self._writing: dict[bytes, Reservation] = {}
+        self._requests = itertools.count(1)
+
+    # ---- put
+
+    def request(self, input_tokens: int = 0) -> Request:
+        """A new request for the policy: one for each Put or Get call."""
+        return Request(next(self._requests), self.clock.now(), input_tokens)
+
+    def reserve(self, header: BlockHeader, request: Request) -> Reservation | Status:
+        """Take pages for a block, making room if need be.
+
+        Returns
+        -------
+        Reservation or Status
+            A status says why the block is not wanted: ALREADY_EXISTS for one no better than the resident one (which is touched),
+            BUSY while the same key is being written or the resident one is held, RESOURCE_EXHAUSTED when no room can be made,
+            DATA_LOSS for a block without payload.
+        """
+        if header.key in self._writing:
+            return Status.BUSY
+        resident = self.table.get(header.key)
+        if resident is not None:
+            if not is_better(header, resident.header):
+                self._touch([resident], request)
+                return Status.ALREADY_EXISTS
+            if resident.holds:
+                return Status.BUSY
+        needs = [pages_of(row.size_bytes, self.config.page_bytes) for row in header.rows[: header.present]]
+        total = sum(needs)
+        if not total:
+            return Status.DATA_LOSS  # costs no page, so their number would have no bound
+        if total > self.allocator.pages:
+            return self._reject("too_large")
+        if self.reserved_pages and self.reserved_pages + total > self.allocator.pages // 2:
+            return self._reject("writers")
+        parent = self.table.get(header.parent)
+        if parent is not None:
+            self._hold(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
+        try:
+            self.make_room(total)
+        except CapacityError:
+            if parent is not None:
+                self._release(parent)
+            return self._reject("no_room")
+        reservation = Reservation(header, [self.allocator.alloc(count) for count in needs], request, parent)
+        self._writing[header.key] = reservation
+        self.changes += 1
+        self.reserved_pages += total
+        return reservation
+
+    def commit(self, reservation: Reservation) -> Status:
+        """Make a written and verified block visible, unless a block as good came to be there in the meantime."""
+        self._end_writing(reservation)
+        header = reservation.header
+        resident = self.table.get(header.key)
+        if resident is not None:
+            better = is_better(header, resident.header)
+            if resident.holds or not better:
+                self._free(reservation.layers)
+                return Status.BUSY if better else Status.ALREADY_EXISTS
+            self._drop(resident, "replaced")
+        entry = self.table.insert(header, reservation.layers, self.clock.now(), self.config.page_bytes)
+        self.policy.access(reservation.request, [entry.info])
+        self._change(header.key)
+        return Status.OK
+
+    def abort(self, reservation: Reservation) -> None:
+        """Give the pages of an unfinished or failed block back."""
+        self._end_writing(reservation)
+        self._free(reservation.layers)
+
+    def make_room(self, pages: int) -> None:
+        """Have the policy name victims, and drop or demote them, until `pages` are free.
+
+        Raises
+        ------
+        CapacityError
+            When all that is left is held; what was dropped until then stays dropped.
+        """
+        if self.allocator.free_pages < pages:
+            self.expire()
+        while self.allocator.free_pages < pages:
+            victim = self.policy.victim(self.clock.now())
+            entry = None if victim is None else self.table.get(victim.id)
+            if victim is None or entry is None or entry.holds:
+                raise CapacityError("every block is pinned, leased or being written; retry, or raise --arena")
+            if victim.rung is None:
+                self._drop(entry, "pressure")
+            else:
+                self._demote(entry, victim.rung)
+
+    # ---- get
+
+    def lookup(self, keys: Sequence[bytes], lease_s: float = 0.0) -> tuple[list[Entry | None], int]:
+        """Which blocks are here, and a lease on the longest run of them from the start that the bounds allow (0 for none)."""
+        check_keys(keys)
+        if not 0 <= lease_s <= MAX_LEASE_S:
+            raise InvalidInputError(f"a lease lasts at most {MAX_LEASE_S:.0f} s, not {lease_s}")
+        entries = [self.table.get(key) for key in keys]
+        lease = self._lease([e for e in entries if e is not None], lease_s) if lease_s else 0
+        return entries, lease
+
+    def plan_get(self, keys: Sequence[bytes], max_fidelity: int, request: Request) -> tuple[list[Found | None], int]:
+        """What a Get will send, block by block, and the lease that holds it; both count as a use."""
+        entries, lease = self.lookup(keys, self.config.get_hold_s)
+        self._touch([e for e in entries if e is not None], request)
+        return [e and _found(e, max_fidelity) for e in entries], lease
+
+    def intact(self, found: Found) -> bool:
+        """Whether bytes copied until now from `found` are the block's."""
+        return found.entry.generation == found.generation
+
+    def release(self, lease: int) -> None:
+        """End a lease; nothing happens if it is not known."""
+        self._release_keys(self.leases.release(lease))
+
+    # ---- pins, dropping
+
+    def pin(self, keys: Sequence[bytes], ttl_s: int) -> list[Status]:
+        """Keep blocks for `ttl_s` seconds; RESOURCE_EXHAUSTED for those that the bound on pinned bytes forbids."""
+        check_keys(keys)
+        if not 1 <= ttl_s <= MAX_PIN_S:
+            raise InvalidInputError(f"ttl_seconds must be from 1 to {MAX_PIN_S}, not {ttl_s}")
+        return [self._pin(key, self.clock.now() + ttl_s) for key in keys]
+
+    def unpin(self, keys: Sequence[bytes]) -> list[Status]:
+        """End pins; NOT_FOUND where there is none."""
+        check_keys(keys)
+        ended = [self.pins.unpin(key) for key in keys]
+        self._release_keys(key for key, was in zip(keys, ended, strict=True) if was)
+        return [Status.OK if was else Status.NOT_FOUND for was in ended]
+
+    def evict(self, keys: Sequence[bytes], reason: str = "request") -> list[Status]:
+        """Drop blocks, children or not; BUSY for those that are held."""
+        check_keys(keys)
+        self.expire()
+        return [self._evict(key, reason) for key in keys]
+
+    def expire(self) -> None:
+        """End the leases and pins that are over."""
+        now = self.clock.now()
+        self._release_keys(self.leases.expire(now))
+        self._release_keys(self.pins.expire(now))
+
+    # ---- account
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.allocator.pages * self.config.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that hold visible blocks."""
+        return self.table.pages * self.config.page_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.allocator.free_pages * self.config.page_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.reserved_pages * self.config.page_bytes
+
+    def check(self) -> None:
+        """Verify the account down to each page, and the holds; O(n log n) in the number of blocks.
+
+        Raises
+        ------
+        AccountingError
+            If anything does not add up: a bug, and reason enough not to trust this node.
+        """
+        self.allocator.check()
+        counted = sum(entry.pages for entry in self.table)
+        reserved = sum(r.pages for r in self._writing.values())
+        if (counted, reserved) != (self.table.pages, self.reserved_pages):
+            sums = f"{self.table.pages} and {self.reserved_pages}"
+            raise AccountingError(f"blocks hold {counted} pages and writers {reserved}, the sums say {sums}")
+        if counted + reserved != self.allocator.used_pages:
+            raise AccountingError(f"{self.allocator.used_pages} pages are allocated, blocks and writers hold {counted + reserved}")
+        holds = sum(entry.holds for entry in self.table)
+        promised = self.leases.holds + len(self.pins) + sum(r.parent is not None for r in self._writing.values())
+        if holds != promised:
+            raise AccountingError(f"blocks are held {holds} times, leases, pins and writers account for {promised}")
+
+    # ---- steps
+
+    def _change(self, key: bytes) -> None:
+        self.changes += 1
+        self._on_change(key)
+
+    def _reject(self, reason: str) -> Status:
+        self.tally.rejected[reason] += 1
+        return Status.RESOURCE_EXHAUSTED
+
+    def _touch(self, entries: Sequence[Entry], request: Request) -> None:
+        if entries:
+            for entry in entries:
+                entry.last_use = request.now
+            self.policy.access(request, [entry.info for entry in entries])
+
+    def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
+        page_bytes = self.config.page_bytes
+        self.expire()
+        lease, keys = self.leases.grant([(e.key, e.pages * page_bytes) for e in entries], self.clock.now() + lease_s)
+        for entry, _ in zip(entries, keys, strict=False):
+            self._hold(entry)
+        return lease
+
+    def _pin(self, key: bytes, until: float) -> Status:
+        entry = self.table.get(key)
+        if entry is None:
+            return Status.NOT_FOUND
+        new = self.pins.pin(key, entry.pages * self.config.page_bytes, until)
+        if new:
+            self._hold(entry)
+        return Status.RESOURCE_EXHAUSTED if new is None else Status.OK
+
+    def _evict(self, key: bytes, reason: str) -> Status:
+        entry = self.table.get(key)
+        if entry is None:
+            return Status.BUSY if key in self._writing else Status.NOT_FOUND
+        if entry.holds:
+            return Status.BUSY
+        self._drop(entry, reason)
+        return Status.OK
+
+    def _drop(self, entry: Entry, reason: str) -> None:
+        self.allocator.free(self.table.remove(entry))
+        self.policy.removed(entry.key)
+        self.tally.evictions[reason] += 1
+        self._change(entry.key)
+
+    def _demote(self, entry: Entry, rung: int) -> None:
+        before, after = entry.header.present, entry.top - rung
+        self.allocator.free(self.table.truncate(entry, after))
+        self.policy.demoted(entry.key, rung)
+        self.tally.demotions[before, after] += before - after
+        self._change(entry.key)
+
+    def _end_writing(self, reservation: Reservation) -> None:
+        if self._writing.get(reservation.header.key) is not reservation:
+            raise AccountingError("a reservation was ended twice")
+        del self._writing[reservation.header.key]
+        self.changes += 1
+        self.reserved_pages -= reservation.pages
+        if reservation.parent is not None:
+            self._release(reservation.parent)
+
+    def _free(self, layers: Iterable[tuple[Extent, ...]]) -> None:
+        for layer in layers:
+            self.allocator.free(layer)
+
+    def _hold(self, entry: Entry) -> None:
+        entry.holds += 1
+        if entry.holds == 1:
+            self.policy.hold(entry.key)
+
+    def _release(self, entry: Entry) -> None:
+        entry.holds -= 1
+        if entry.holds == 0:
+            self.policy.release(entry.key)
+
+    def _release_keys(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            entry = self.table.get(key)
+            if entry is None:
+                raise AccountingError("a held block is not resident")
+            self._release(entry)
+
+
+def _found(entry: Entry, max_fidelity: int) -> Found:
+    header = entry.header
+    if 0 < max_fidelity < header.present:
+        header = header.truncate(max_fidelity)
+    return Found(entry, entry.generation, header, tuple(entry.layers[: header.present]))
+
+
+def check_keys(keys: Sequence[bytes]) -> None:
+    """Raises InvalidInputError for more than `MAX_KEYS` keys, or one that is not 32 bytes."""
+    if len(keys) > MAX_KEYS:
+        raise InvalidInputError(f"{len(keys)} keys in one call, at most {MAX_KEYS}; split the call")
+    if any(len(key) != DIGEST_BYTES for key in keys):
+        raise InvalidInputError(f"a block key has {DIGEST_BYTES} bytes; digests are never cut short")

@@ -1,0 +1,26 @@
+"""List: pages through the resident blocks in the order of their keys."""
+
+from __future__ import annotations
+
+from kvstore.errors import InvalidInputError
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from .base import UnaryHandler, summary
+
+DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
+
+
+class List(UnaryHandler):
+    """See the module."""
+
+    request_type = pb.ListRequest
+
+    async def answer(self, request: pb.ListRequest) -> pb.ListResponse:
+        if request.limit > MAX_LIMIT:
+            raise InvalidInputError(f"limit is at most {MAX_LIMIT}, not {request.limit}")
+        limit = request.limit or DEFAULT_LIMIT
+        engine = self.service.engine
+        now = engine.clock.now()
+        entries = engine.table.page(request.after, limit + 1)
+        following = entries[limit - 1].key if len(entries) > limit else b""
+        return pb.ListResponse(blocks=[summary(e, now, e.key in engine.pins) for e in entries[:limit]], next=following)

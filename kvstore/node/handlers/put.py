@@ -1,0 +1,135 @@
+"""Put: blocks into the arena, in two phases: pages are reserved and written, and only a verified block is made visible."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvstore.block import BlockHeader
+from kvstore.errors import CorruptBlockError, InvalidInputError, TransportError
+from kvstore.eviction.base import Request
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from ..config import MAX_FRAME_BYTES, MAX_KEYS
+from ..copier import BlockWriter
+from ..engine import Reservation
+from ..status import Status
+from ..wire import PutFrame, parse_put
+from .base import Handler, Service
+
+
+class Put(Handler):
+    """A stream of frames, one response."""
+
+    request_type = pb.PutRequest
+    register = staticmethod(grpc.stream_unary_rpc_method_handler)
+
+    @property
+    def timeout_s(self) -> float:
+        return self.service.engine.config.put_timeout_s
+
+    async def call(self, request: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        if not self.service.admitting:
+            raise TransportError("this node is shutting down and takes no more blocks; put them on another")
+        incoming = Incoming(self.service)
+        try:
+            async for frame in request:
+                await incoming.take(parse_put(frame))
+            incoming.finish()
+        finally:
+            incoming.abandon()
+        return pb.PutResponse(statuses=incoming.statuses).SerializeToString()
+
+
+class Incoming:
+    """The blocks of one Put stream: at most one is being written at a time.
+
+    `statuses` has the outcome of each finished block, by index.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.statuses: list[Status] = []
+        self._service = service
+        self._request: Request | None = None
+        self._open = False
+        self._reservation: Reservation | None = None
+        self._writer: BlockWriter | None = None
+        self._refusal = Status.DATA_LOSS
+
+    async def take(self, frame: PutFrame) -> None:
+        """Take the next frame.
+
+        Raises
+        ------
+        InvalidInputError
+            When frames do not follow the protocol; blocks that were finished before stay.
+        """
+        if len(frame.payload) > MAX_FRAME_BYTES:
+            raise InvalidInputError(f"a frame holds at most {MAX_FRAME_BYTES} payload bytes, not {len(frame.payload)}")
+        if frame.header is not None:
+            self.finish()
+            if frame.index != len(self.statuses) or frame.index >= MAX_KEYS:
+                raise InvalidInputError(f"block {frame.index} came where {len(self.statuses)} was due; count from 0, below {MAX_KEYS}")
+            self._begin(frame.header, frame.input_tokens)
+        elif not self._open or frame.index != len(self.statuses):
+            raise InvalidInputError(f"payload of block {frame.index} came without its header; send the header in the block's first frame")
+        if self._reservation is not None and len(frame.payload):
+            try:
+                await self._service.copier.write(self._writer, frame.payload)
+            except CorruptBlockError:
+                self._refuse()
+
+    def finish(self) -> None:
+        """End the block that is open, if any: commit it if all of it has come."""
+        if not self._open:
+            return
+        if self._reservation is not None and self._writer.left:
+            self._refuse()
+        status = self._refusal
+        if self._reservation is not None:
+            reservation, self._reservation = self._reservation, None
+            status = self._service.engine.commit(reservation)
+            if status is Status.OK:
+                self._observe(reservation.header)
+        self.statuses.append(status)
+        self._open = False
+
+    def abandon(self) -> None:
+        """Give the pages of an unfinished block back; the stream has ended."""
+        if self._reservation is not None:
+            reservation, self._reservation = self._reservation, None
+            self._service.engine.abort(reservation)
+
+    def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
+        self._open = True
+        engine = self._service.engine
+        if self._request is None:
+            self._request = engine.request(input_tokens)
+        try:
+            header = BlockHeader.from_bytes(header_bytes)
+        except CorruptBlockError:
+            self._refuse()
+            return
+        if header.header_bytes != len(header_bytes):
+            self._refuse()
+            return
+        decision = engine.reserve(header, self._request)
+        if isinstance(decision, Status):
+            self._refusal = decision
+            return
+        self._reservation = decision
+        self._writer = BlockWriter(header, decision.layers, self._service.arena)
+
+    def _refuse(self) -> None:
+        """The block's bytes do not certify themselves: nothing of it stays."""
+        self.abandon()
+        self._refusal = Status.DATA_LOSS
+        self._service.metrics.corrupt_blocks.labels(where="put").inc()
+
+    def _observe(self, header: BlockHeader) -> None:
+        distortion = header.rows[header.present - 1].distortion
+        series = self._service.metrics.block_distortion
+        node = self._service.record.id
+        series.labels(node=node, part="keys").observe(distortion.keys)
+        series.labels(node=node, part="values").observe(distortion.values)

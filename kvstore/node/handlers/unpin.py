@@ -1,0 +1,16 @@
+"""Unpin: end pins early."""
+
+from __future__ import annotations
+
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from .base import UnaryHandler
+
+
+class Unpin(UnaryHandler):
+    """See the module."""
+
+    request_type = pb.UnpinRequest
+
+    async def answer(self, request: pb.UnpinRequest) -> pb.UnpinResponse:
+        return pb.UnpinResponse(statuses=self.service.engine.unpin(request.keys))

@@ -1,0 +1,194 @@
+"""A store node: puts the parts together, keeps them going, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from kvstore import eviction
+from kvstore.arena import AccountingError, Arena, PageAllocator, create, host_identity
+from kvstore.clock import Clock, SystemClock
+from kvstore.metadata import IndexEntry, InprocMetadata, Metadata, NodeRecord, connect
+from kvstore.metrics import Metrics
+
+from .announce import Announcer
+from .config import NodeConfig
+from .copier import Copier
+from .engine import NodeEngine
+from .exposition import MetricsPage, NodeMetrics
+from .handlers.base import Service
+from .server import Server
+
+log = logging.getLogger(__name__)
+
+#: How often leases and pins that are over are ended, and the account is checked if nothing is going on.
+SWEEP_S = 0.25
+#: The account is verified page by page when so many sweeps in a row saw no change.
+IDLE_SWEEPS = 4
+
+
+class StoreNode:
+    """One arena and its service.
+
+    Parameters
+    ----------
+    config : NodeConfig
+    metadata : Metadata, optional
+        By default what `config.redis` names, or none at all.
+    clock : Clock, optional
+    metrics : Metrics, optional
+        A registry of its own by default.
+
+    `start` acts and `stop` undoes; a node is started once. `failed` is set when its account does not add up: it is not to be trusted
+    then, and takes no more blocks.
+    """
+
+    def __init__(
+        self, config: NodeConfig, metadata: Metadata | None = None, clock: Clock | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self.config = config
+        self.clock = clock or SystemClock()
+        self.metrics = metrics or Metrics()
+        self.failed = asyncio.Event()
+        self._given_metadata = metadata
+        self._parts = AsyncExitStack()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the gRPC service."""
+        return self.service.record.address
+
+    @property
+    def record(self) -> NodeRecord:
+        """The node's account of itself, as of now."""
+        return replace(self.service.record, used_bytes=self.engine.used_bytes, blocks=len(self.engine.table))
+
+    async def start(self) -> None:
+        """Take the arena, serve, and join the cluster.
+
+        Raises
+        ------
+        ConfigError
+            When the arena does not fit, an address is taken, or the policy, device or metadata URL is unknown.
+        """
+        async with AsyncExitStack() as stack:  # a start that fails half-way leaves nothing behind
+            await self._start(stack)
+            self._parts = stack.pop_all()
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        config, clock = self.config, self.clock
+        policy = eviction.create(config.policy)
+        metadata = self._given_metadata
+        if metadata is None:
+            metadata = connect(config.redis) if config.redis else InprocMetadata(clock)
+            stack.push_async_callback(metadata.close)
+        self.arena: Arena = create(config.arena, config.device, config.page_bytes)
+        stack.callback(self.arena.close)
+        copier = Copier(self.arena)
+        stack.callback(copier.close)
+        self.engine = NodeEngine(config, clock, policy, PageAllocator(self.arena.pages), self._changed)
+        self.service = Service(self.engine, self.arena, copier, self.metrics, self._identity())
+        self._announcer = Announcer(metadata, lambda: self.record, self._describe, self._keys, config.heartbeat_s)
+        metrics = None
+        if config.metrics:
+            page = MetricsPage(NodeMetrics(self.metrics, self.engine, self.service.record.id))
+            stack.push_async_callback(page.stop)
+            metrics = f"{_reachable(config.metrics)}:{await page.start(config.metrics)}"
+        self._server = Server(config, self.service, clock)
+        port = await self._server.start(config.listen)
+        stack.push_async_callback(self._server.stop, config.drain_s)
+        address = f"{config.advertise or _reachable(config.listen)}:{port}"
+        self.service.record = replace(self.service.record, address=address, metrics=metrics)
+        await self._announcer.start()
+        stack.push_async_callback(self._announcer.stop, config.drain_s)
+        sweeper = asyncio.create_task(self._sweep_on())
+        stack.callback(sweeper.cancel)
+
+    async def stop(self) -> None:
+        """Drain: take no more blocks, leave the cluster, let running reads finish, give the memory back. Safe to call twice."""
+        self.service.admitting = False
+        await self._server.drain()
+        await self._parts.aclose()
+
+    def _identity(self) -> NodeRecord:
+        rng = self.clock.rng
+        return NodeRecord(
+            id=self.config.id or f"node-{rng.getrandbits(32):08x}",
+            incarnation=f"{rng.getrandbits(64):016x}",
+            address="",
+            pid=os.getpid(),
+            device=self.arena.device,
+            arena_bytes=self.arena.size_bytes,
+            host=host_identity(),
+            started=self.clock.wall(),
+        )
+
+    def _changed(self, key: bytes) -> None:
+        self._announcer.touch(key)
+
+    def _describe(self, key: bytes) -> IndexEntry | None:
+        entry = self.engine.table.get(key)
+        return None if entry is None else IndexEntry(key, entry.header.total_bytes, entry.header.present)
+
+    def _keys(self) -> list[bytes]:
+        return [entry.key for entry in self.engine.table]
+
+    async def _sweep_on(self) -> None:
+        """End what is over, and verify the account once after each burst of work."""
+        quiet, before = 0, None
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.engine.expire()
+            state = self.engine.changes
+            quiet = quiet + 1 if state == before else 0
+            before = state
+            if quiet == IDLE_SWEEPS and not self.failed.is_set():
+                self._verify()
+
+    def _verify(self) -> None:
+        try:
+            self.engine.check()
+        except AccountingError:
+            log.critical("the account of memory does not add up; this node must end", exc_info=True)
+            self.service.admitting = False
+            self.failed.set()
+
+
+def _reachable(listen: str) -> str:
+    """The host by which others reach what listens there: this machine's address where all interfaces were meant."""
+    host = listen.rpartition(":")[0]
+    if host not in ("0.0.0.0", "[::]"):
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def run(config: NodeConfig) -> int:
+    """Run a node until SIGTERM or SIGINT, or until it fails. Prints one JSON line when it is ready. Returns the exit code."""
+    return asyncio.run(_run(config))
+
+
+async def _run(config: NodeConfig) -> int:
+    node = StoreNode(config)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await node.start()
+    record = node.record
+    ready = {"ready": True, "id": record.id, "address": record.address, "metrics": record.metrics}
+    print(json.dumps(ready | {"incarnation": record.incarnation, "pid": record.pid, "device": record.device}), flush=True)
+    waits = [asyncio.create_task(event.wait()) for event in (ended, node.failed)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    log.info("draining")
+    await node.stop()
+    return int(node.failed.is_set())

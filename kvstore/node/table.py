@@ -1,0 +1,148 @@
+"""The block table: what a node holds, and where in its arena. Mutated by the event loop alone."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvstore.arena.pages import Extent
+from kvstore.block import BlockHeader, LayerInfo
+from kvstore.eviction.base import BlockInfo
+from kvstore.identity import NO_PARENT
+from kvstore.layout import RATIO_BYTES_PER_VALUE
+
+
+def pages_of(size_bytes: int, page_bytes: int) -> int:
+    """Whole pages that hold `size_bytes`."""
+    return -(-size_bytes // page_bytes)
+
+
+def raw_bytes(header: BlockHeader) -> int:
+    """Bytes of K and V that the block stands for, at 2 bytes a value."""
+    return 2 * header.layers * header.kv_heads * header.head_dim * header.tokens * RATIO_BYTES_PER_VALUE
+
+
+def block_info(header: BlockHeader, page_bytes: int) -> BlockInfo:
+    """The block as an eviction policy sees it: rung 0 is all that is present now, each further rung one layer less."""
+    sizes, losses, total = [], [], 0
+    for row in header.rows[: header.present]:
+        total += pages_of(row.size_bytes, page_bytes) * page_bytes
+        sizes.append(total)
+        losses.append(_loss(row, header.rows[header.present - 1]))
+    parent = None if header.parent == NO_PARENT else header.parent
+    return BlockInfo(header.key, parent, header.start // header.tokens, tuple(reversed(sizes)), tuple(reversed(losses)))
+
+
+def _loss(row: LayerInfo, full: LayerInfo) -> float:
+    """Share of quality lost at `row` against `full`.
+
+    With a known divergence d (nats a token), ``1 - exp(-(d_row - d_full))``: the geometric mean of the probability that the model
+    takes away from the right token. Without one, the added relative squared error stands in.
+    """
+    if row.expected_divergence > 0:
+        harm = row.expected_divergence - full.expected_divergence
+    else:
+        harm = max(row.distortion.keys - full.distortion.keys, row.distortion.values - full.distortion.values)
+    return 1.0 - math.exp(-max(0.0, harm)) if math.isfinite(harm) else 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A resident block.
+
+    Parameters
+    ----------
+    header : BlockHeader
+        Kept in host memory; `header.present` layers are here.
+    layers : list of tuple of Extent
+        The pages of each present layer, base first.
+    top : int
+        Layers present when it was stored; rung r of the policy is fidelity ``top - r``.
+    generation : int
+        Unique for each state of each block's bytes: a reader that sees another number than at its start has lost the block.
+    last_use : float
+        Clock seconds.
+    info : BlockInfo
+        The block as it was stored, for the policy.
+    holds : int
+        Leases and pins on it; while there are any it is neither dropped, demoted nor replaced.
+    """
+
+    header: BlockHeader
+    layers: list[tuple[Extent, ...]]
+    top: int
+    generation: int
+    last_use: float
+    info: BlockInfo
+    holds: int = 0
+    pages: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pages = sum(extent.count for layer in self.layers for extent in layer)
+
+    @property
+    def key(self) -> bytes:
+        return self.header.key
+
+
+class BlockTable:
+    """Entries by key, with the sums that the account and the metrics report."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, Entry] = {}
+        self._generations = itertools.count(1)
+        self.pages = 0
+        self.raw_bytes = 0
+        self.by_fidelity: Counter[int] = Counter()
+        self.stored_by_codec: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, key: bytes) -> Entry | None:
+        return self._entries.get(key)
+
+    def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, page_bytes: int) -> Entry:
+        """Add a block whose key is not resident."""
+        entry = Entry(header, layers, header.present, next(self._generations), now, block_info(header, page_bytes))
+        self._entries[header.key] = entry
+        self.raw_bytes += raw_bytes(header)
+        self._count(entry, 1)
+        return entry
+
+    def remove(self, entry: Entry) -> list[Extent]:
+        """Take a block out. Returns its pages, which are the caller's to free."""
+        del self._entries[entry.key]
+        self.raw_bytes -= raw_bytes(entry.header)
+        self._count(entry, -1)
+        entry.generation = 0
+        return [extent for layer in entry.layers for extent in layer]
+
+    def truncate(self, entry: Entry, fidelity: int) -> list[Extent]:
+        """Drop the layers above `fidelity`. Returns their pages, which are the caller's to free."""
+        self._count(entry, -1)
+        dropped = [extent for layer in entry.layers[fidelity:] for extent in layer]
+        del entry.layers[fidelity:]
+        entry.header = entry.header.truncate(fidelity)
+        entry.pages -= sum(extent.count for extent in dropped)
+        entry.generation = next(self._generations)
+        self._count(entry, 1)
+        return dropped
+
+    def page(self, after: bytes, limit: int) -> list[Entry]:
+        """The `limit` entries with the smallest keys above `after`, in the order of their keys; O(n log limit)."""
+        keys = heapq.nsmallest(limit, (key for key in self._entries if key > after))
+        return [self._entries[key] for key in keys]
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        header = entry.header
+        self.pages += sign * entry.pages
+        self.by_fidelity[header.present] += sign
+        self.stored_by_codec[header.codec] += sign * header.total_bytes
