@@ -31,6 +31,8 @@ MAX_FIDELITIES = 8
 #: No block is larger: 1,024 tokens of a 128-layer model in float32 stay below it, and a header that claims more is refused.
 MAX_BLOCK_BYTES = 1 << 31
 MAX_TOKENS = 1 << 16
+#: Bytes of one value in every ratio that Concertina reports, whatever the dtype (DESIGN §5).
+RATIO_BYTES_PER_VALUE = 2
 
 _PREFIX = struct.Struct("<4sHHI")
 _FIXED = struct.Struct("<HBBBBHHHII32s32s32s32sBff")
@@ -106,6 +108,11 @@ class BlockHeader:
     @property
     def total_bytes(self) -> int:
         return self.header_bytes + self.payload_bytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of K and V that the block stands for, at 2 bytes a value: the numerator of every ratio."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * RATIO_BYTES_PER_VALUE
 
     def truncate(self, fidelity: int) -> BlockHeader:
         """This header with only layers 1 … `fidelity` present. Raises InvalidInputError if they are not."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .block import RATIO_BYTES_PER_VALUE
 from .errors import InvalidInputError
 from .rope import NO_ROPE, LayeredRope, RopeSpec, rope_from_config
 
@@ -16,8 +17,6 @@ DTYPES: dict[str, tuple[int, torch.dtype]] = {
     "bfloat16": (2, torch.bfloat16),
     "float32": (3, torch.float32),
 }
-#: Bytes of one value in every ratio that Concertina reports, whatever the dtype (DESIGN §5).
-RATIO_BYTES_PER_VALUE = 2
 
 
 def dtype_name(dtype: torch.dtype) -> str:

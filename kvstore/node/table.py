@@ -13,17 +13,11 @@ from kvstore.arena.pages import Extent
 from kvstore.block import BlockHeader, LayerInfo
 from kvstore.eviction.base import BlockInfo
 from kvstore.identity import NO_PARENT
-from kvstore.layout import RATIO_BYTES_PER_VALUE
 
 
 def pages_of(size_bytes: int, page_bytes: int) -> int:
     """Whole pages that hold `size_bytes`."""
     return -(-size_bytes // page_bytes)
-
-
-def raw_bytes(header: BlockHeader) -> int:
-    """Bytes of K and V that the block stands for, at 2 bytes a value."""
-    return 2 * header.layers * header.kv_heads * header.head_dim * header.tokens * RATIO_BYTES_PER_VALUE
 
 
 def block_info(header: BlockHeader, page_bytes: int) -> BlockInfo:
@@ -113,14 +107,14 @@ class BlockTable:
         """Add a block whose key is not resident."""
         entry = Entry(header, layers, header.present, next(self._generations), now, block_info(header, page_bytes))
         self._entries[header.key] = entry
-        self.raw_bytes += raw_bytes(header)
+        self.raw_bytes += header.raw_bytes
         self._count(entry, 1)
         return entry
 
     def remove(self, entry: Entry) -> list[Extent]:
         """Take a block out. Returns its pages, which are the caller's to free."""
         del self._entries[entry.key]
-        self.raw_bytes -= raw_bytes(entry.header)
+        self.raw_bytes -= entry.header.raw_bytes
         self._count(entry, -1)
         entry.generation = 0
         return [extent for layer in entry.layers for extent in layer]

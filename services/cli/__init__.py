@@ -15,6 +15,7 @@ from kvstore.errors import ConcertinaError, ConfigError, InvalidInputError
 
 #: Command -> (module, one line of help). The order is that of ``concertina --help``.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "node": ("services.cli.node", "run one store node and join a cluster"),
     "replay": ("services.cli.replay", "replay a request trace through an eviction policy"),
     "calibrate": ("services.cli.calibrate", "learn a model's profile for the transform codec from text"),
     "evaluate": ("services.cli.evaluate", "measure what a codec does to a model's output"),
