@@ -75,6 +75,8 @@ class EvictionPolicy(ABC):
     """Base of all policies; subclasses add a nested frozen ``Config`` dataclass and are built as ``cls(cls.Config())``."""
 
     name: ClassVar[str]
+    #: Only the replay can run a policy that sees the future; it calls `foresee` before the first `access`.
+    sees_future: ClassVar[bool] = False
 
     @dataclass(frozen=True, slots=True)
     class Config:
@@ -89,6 +91,9 @@ class EvictionPolicy(ABC):
 
         A block that is resident at a lower rung and given here keeps its rung, unless `promoted` is called.
         """
+
+    def foresee(self, requests: Sequence[Sequence[BlockId]]) -> None:
+        """Ids that each request is going to use, for policies that see the future; called once, by the replay only."""
 
     @abstractmethod
     def victim(self, now: float) -> Victim | None:

@@ -1,0 +1,1 @@
+"""Tables and pictures of replays; the replay itself is `kvstore.eviction.replay`."""
