@@ -1,0 +1,100 @@
+"""Checks of what was typed, before anything is started. Each raises ConfigError, which ends a command with exit status 2."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+from kvstore.settings import format_size, parse_size
+
+MIN_ARENA_BYTES = 1 << 20
+DEVICES = ("cpu", "cuda")
+
+
+def check_codec(name: str) -> None:
+    from kvstore.codecs import CODECS
+
+    _one_of("codec", name, CODECS)
+
+
+def check_policy(name: str) -> None:
+    from kvstore.eviction import POLICIES
+
+    _one_of("policy", name, POLICIES)
+
+
+def check_engine(name: str) -> None:
+    from services.engine import ENGINES
+
+    _one_of("engine", name, ENGINES)
+
+
+def check_device(name: str) -> None:
+    """Known, and for ``cuda`` there."""
+    _one_of("device", name, DEVICES)
+    if name == "cuda" and not Path("/proc/driver/nvidia/version").exists():
+        raise ConfigError("--device cuda: no NVIDIA driver on this machine; use --device cpu")
+
+
+def check_redis(url: str | None) -> None:
+    if url is not None:
+        from kvstore.metadata import BACKENDS
+
+        if url.partition("://")[0] not in BACKENDS:
+            raise ConfigError(f"--redis {url!r} is no URL of a Redis; write it as redis://HOST:PORT/0")
+
+
+def check_count(option: str, value: int, low: int, high: int = 1024) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{option} must be from {low} to {high}, not {value}")
+
+
+def check_arena(text: str, nodes: int, device: str) -> int:
+    """Bytes of one node's arena. On the CPU, those of all nodes together must fit the memory that is free."""
+    size = parse_size(text)
+    if size < MIN_ARENA_BYTES:
+        raise ConfigError(f"--arena {text} is too small; give at least {format_size(MIN_ARENA_BYTES)}")
+    if device == "cpu":
+        import psutil
+
+        available = psutil.virtual_memory().available
+        if size * nodes > available:
+            raise ConfigError(
+                f"--arena {text} for {nodes} node(s) is more than the {format_size(available)} of memory that is free; "
+                f"give at most {format_size(available // max(1, nodes))}"
+            )
+    return size
+
+
+def check_listen(text: str, option: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; port 0 becomes a free one. A port that is taken is refused."""
+    host, colon, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{option} {text!r} is no address; write it as HOST:PORT, such as 127.0.0.1:9000")
+    try:
+        return host, bound_port(host, int(port))
+    except OSError as error:
+        raise ConfigError(f"{option} {text}: {error.strerror or error}; choose another address, or port 0 for a free one") from error
+
+
+def bound_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0, after a trial bind. Raises OSError where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((host, port))
+        return trial.getsockname()[1]
+
+
+def local_model(name: str) -> Path:
+    """Directory of the model that `name` means."""
+    from services.model import resolve_model
+
+    return resolve_model(name)
+
+
+def _one_of(kind: str, name: str, known: dict[str, str] | tuple[str, ...]) -> None:
+    if name not in known:
+        raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}")

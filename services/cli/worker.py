@@ -1,0 +1,129 @@
+"""``concertina worker``: inference workers in a Ray of their own, until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from kvstore.errors import ConfigError, TransportError
+from services.cli.checks import check_codec, check_device, check_engine, check_listen, check_redis, local_model
+
+READY_TIMEOUT_S = 60.0
+APPLICATION = "concertina"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", metavar="DIR|HUB-NAME", help="model to serve (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--redis", metavar="URL", help="metadata of the store's cluster; without it there is no store")
+    parser.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="gRPC address, port 0 for a free one (%(default)s)")
+    parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="metrics page of the first replica (%(default)s)")
+    parser.add_argument("--codec", default="int8", help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="replicas, one a GPU (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--engine", default="transformers", help="what runs the model (%(default)s)")
+    parser.add_argument("--tenants", metavar="FILE", help="JSON of token digests and tenants; calls then need a bearer token")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="short path for Ray's sockets and logs (default: below /tmp)")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_codec(args.codec)
+    check_engine(args.engine)
+    check_device(args.device)
+    check_redis(args.redis)
+    host, port = check_listen(args.listen, "--listen")
+    check_listen(args.metrics, "--metrics")
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {args.workers}")
+    model = local_model(args.model)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return _serve(args, model, host, port)
+    except _Ended:
+        return 0
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGINT came; unwinds whatever is going on, Ray's start included."""
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise _Ended
+
+
+def _serve(args: argparse.Namespace, model: Path, host: str, port: int) -> int:
+    from services.worker.private_ray import private_ray
+
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    gpus = args.workers if args.device == "cuda" else 0
+    with private_ray(args.scratch, cpus=args.workers, gpus=gpus, threads=threads):
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
+        address = _start(args, model, host, port)
+        print(json.dumps({"inference": address, "model": model.name, "codec": args.codec, "workers": args.workers, "pid": os.getpid()}))
+        sys.stdout.flush()
+        while True:
+            signal.pause()
+
+
+def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
+    """Start Serve and the application in the Ray that runs; gives the address once it answers."""
+    from ray import serve
+
+    from services.worker.app import SERVICER_FUNCTIONS, build
+    from services.worker.listen import GrpcListen
+    from services.worker.options import WorkerArgs
+
+    address = f"{host}:{port}"
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": "127.0.0.1", "port": check_listen("127.0.0.1:0", "http")[1]},
+        grpc_options=GrpcListen(host=host, port=port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
+    )
+    application = build(
+        WorkerArgs(
+            model=str(model),
+            redis=args.redis,
+            engine=args.engine,
+            codec=args.codec,
+            ratio=args.ratio,
+            device=args.device,
+            replicas=args.workers,
+            address=address,
+            metrics=args.metrics,
+            internal_host="127.0.0.1",
+            tenants=args.tenants,
+        )
+    )
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise TransportError(f"the worker did not start: {error}") from error
+    _wait_until_it_answers(address)
+    return address
+
+
+def _wait_until_it_answers(address: str) -> None:
+    """The proxy learns of the application a moment after Serve calls it ready."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            try:
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=2, wait_for_ready=True)
+                return
+            except grpc.RpcError as error:
+                if time.monotonic() > deadline:
+                    raise TransportError(f"the gRPC proxy at {address} does not answer: {error.code().name}") from error
+                time.sleep(0.1)

@@ -1,0 +1,157 @@
+"""The Ray Serve application: one actor a GPU, each with one engine, answering `InferenceService` through Serve's gRPC proxy.
+
+KubeRay names `services.worker.app:build` as ``import_path`` and gives the fields of `WorkerArgs` as ``args``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Iterator
+
+import grpc
+from grpc_health.v1 import health_pb2
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+
+from kvstore.clock import SystemClock
+from kvstore.errors import status_name
+from kvstore.metadata import WorkerRecord, connect
+from kvstore.metrics import Metrics
+from protos.concertina.inference.v1 import inference_pb2 as pb
+from services.engine.base import Delta
+from services.worker import responses
+from services.worker.engines import create_engine
+from services.worker.listen import bind_replica
+from services.worker.metrics_page import MetricsPage
+from services.worker.options import WorkerArgs
+from services.worker.presence import Presence
+from services.worker.requests import to_spec
+from services.worker.tenants import Tenants
+
+#: Functions that Serve's proxy imports to learn which methods there are. It adds server reflection by itself.
+SERVICER_FUNCTIONS = (
+    "protos.concertina.inference.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+#: Share of a core that a replica reserves. The model uses what the machine has; a whole core each would keep replicas from starting.
+REPLICA_CPUS = 0.2
+HEALTH_WATCH_S = 5.0
+log = logging.getLogger(__name__)
+
+
+def build(args: WorkerArgs) -> Application:
+    """The application of `args` (a dict of the same fields will do)."""
+    args = WorkerArgs.model_validate(args)
+    return Worker.options(
+        num_replicas=args.replicas,
+        max_ongoing_requests=args.max_requests,
+        max_queued_requests=4 * args.max_requests,
+        ray_actor_options={"num_gpus": 1 if args.device == "cuda" else 0, "num_cpus": REPLICA_CPUS},
+    ).bind(args)
+
+
+@serve.deployment(graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.5, health_check_period_s=5)
+class Worker:
+    """One replica. Its methods are the RPCs of `InferenceService` and of `grpc.health.v1.Health`, by name."""
+
+    async def __init__(self, args: WorkerArgs) -> None:
+        if args.internal_host:
+            bind_replica(args.internal_host)
+        self._tenants = Tenants.load(args.tenants)
+        self._metrics = Metrics()
+        self._page = MetricsPage(self._metrics.registry, args.metrics)
+        self._engine = create_engine(args, self._metrics)
+        self._presence: Presence | None = None
+        await self._engine.start()
+        self._page.start()
+        if args.redis:
+            self._presence = Presence(connect(args.redis), self._record(args), self._metrics)
+            await self._presence.start()
+        log.info("worker of %s is ready", self._engine.info.model)
+
+    async def __del__(self) -> None:
+        """Serve's hook for the end of a replica: leave the membership, flush what is to be published, free the model."""
+        if self._presence:
+            await self._presence.stop()
+        await self._engine.stop()
+        self._page.stop()
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
+        """Answer in one message."""
+        with self._answering(grpc_context):
+            async with contextlib.aclosing(self._deltas(request, grpc_context)) as deltas:
+                return responses.response(request.request_id, await responses.whole(deltas))
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """Answer in parts."""
+        with self._answering(grpc_context):
+            async with contextlib.aclosing(responses.coalesce(self._deltas(request, grpc_context))) as deltas:
+                async for delta in deltas:
+                    yield responses.chunk(request.request_id, delta)
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetModelInfoResponse:
+        """Say what is served."""
+        with self._answering(grpc_context):
+            self._tenants.of(grpc_context.invocation_metadata())
+            return responses.model_info(self._engine.info)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
+        """Healthy when called: Serve sends calls only to replicas whose engine has started."""
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        """The same at once and then every few seconds, until the caller goes."""
+        while True:
+            yield await self.Check(request)
+            await asyncio.sleep(HEALTH_WATCH_S)
+
+    async def _deltas(self, request: pb.GenerateRequest, context: RayServegRPCContext) -> AsyncGenerator[Delta, None]:
+        """Check the request and run it. Closing this closes the engine's iterator, which frees the batch slot."""
+        tenant = self._tenants.of(context.invocation_metadata())
+        spec = to_spec(request, self._engine, tenant)
+        async with contextlib.aclosing(self._engine.generate(spec)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    @contextlib.contextmanager
+    def _answering(self, context: RayServegRPCContext) -> Iterator[None]:
+        """Count the call by its status, and put an error's status and message on the wire.
+
+        Serve cancels the method when its caller has gone or the caller's deadline has passed; that is no error of ours.
+        """
+        code = "OK"
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "CANCELLED"
+            raise
+        except Exception as error:
+            code = status_name(error)
+            context.set_code(grpc.StatusCode[code])
+            context.set_details(str(error) if code != "INTERNAL" else f"{type(error).__name__} in the worker; see its log")
+            raise
+        finally:
+            self._metrics.requests.labels(code=code).inc()
+
+    def _record(self, args: WorkerArgs) -> WorkerRecord:
+        info = self._engine.info
+        return WorkerRecord(
+            id=f"worker-{SystemClock().rng.getrandbits(32):08x}",
+            address=args.address,
+            metrics=self._page.address,
+            pid=os.getpid(),
+            engine=info.engine,
+            device=args.device,
+            model=info.model,
+            codec=info.codec,
+        )

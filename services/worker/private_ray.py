@@ -1,0 +1,90 @@
+"""One Ray of our own: head and only node, loopback only, gone when we are.
+
+The processes that `ray.init` starts die with us, even by SIGKILL: Ray sets their parent-death signal on Linux, and workers end
+with their raylet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+from kvstore.settings import set_environment
+
+OBJECT_STORE_BYTES = 100 << 20
+#: A Unix socket's path may have 107 bytes; Ray puts about 70 below its directory.
+MAX_DIRECTORY_BYTES = 36
+#: Ray reads these when it is imported. The fourth has it take 127.0.0.1 as the node's address, which on Linux it would otherwise
+#: replace by the machine's own and so open its ports to the network. The last two: start a process when it is needed, not ahead.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ADDRESS": "",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+@contextlib.contextmanager
+def private_ray(directory: Path | None, cpus: float, gpus: int, threads: int) -> Iterator[None]:
+    """Run Ray for the length of a ``with`` block, and Serve with whatever the block starts in it.
+
+    Parameters
+    ----------
+    directory : Path or None
+        Short and its own: sockets, logs and the token go there, and it is removed at the end. None makes one.
+    cpus : float
+        Cores that its actors reserve in sum; a number for Ray's accounts, it binds nothing.
+    gpus : int
+        GPUs that its actors may take.
+    threads : int
+        Threads that torch uses in an actor. Ray would set one for an actor that reserves less than two cores.
+
+    Raises
+    ------
+    ConfigError
+        For a directory whose path is too long.
+    """
+    directory = directory or Path(tempfile.mkdtemp(prefix="cct-", dir=_short_tmp()))
+    if len(str(directory)) > MAX_DIRECTORY_BYTES:
+        raise ConfigError(f"{directory} is too long a path for Ray's sockets; give one of at most {MAX_DIRECTORY_BYTES} bytes")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    token = directory / "token"
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    set_environment({**ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": str(threads)})
+    import ray  # only now: see ENVIRONMENT
+    from ray import serve
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(cpus + 0.5)),
+            num_gpus=gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="concertina",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(directory),
+        )
+        yield
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _short_tmp() -> str:
+    """The temporary directory, unless its path is too long for sockets below it."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) + len("/cct-12345678") <= MAX_DIRECTORY_BYTES else "/tmp"
