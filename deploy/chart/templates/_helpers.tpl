@@ -1,0 +1,48 @@
+{{- define "concertina.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{/* Labels that select pods; give (dict "root" $ "component" "node"). Not the name: KubeRay puts its own on Ray's pods. */}}
+{{- define "concertina.selector" -}}
+app.kubernetes.io/part-of: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "concertina.labels" -}}
+{{ include "concertina.selector" . }}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{- define "concertina.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "concertina.redis" -}}
+{{- if .Values.redis.enabled }}redis://{{ include "concertina.name" . }}-redis:{{ .Values.redis.port }}/0{{ else }}{{ required "redis.url is needed where redis.enabled is false" .Values.redis.url }}{{ end }}
+{{- end }}
+
+{{/* What every pod of ours runs as: nobody special, no privileges, no token. */}}
+{{- define "concertina.podSecurity" -}}
+serviceAccountName: {{ include "concertina.name" . }}
+automountServiceAccountToken: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 1000
+  runAsGroup: 1000
+  fsGroup: 1000
+  seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "concertina.containerSecurity" -}}
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "concertina.rayEnv" -}}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: XDG_CACHE_HOME, value: /cache}
+{{- end }}
