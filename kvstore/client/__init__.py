@@ -1,0 +1,10 @@
+"""What a worker, a connector and the commands use of the store: `KvClient`."""
+
+from .admin import Admin
+from .client import KvClient
+from .config import ClientConfig
+from .fetch import Fetched
+from .lookup import Hit
+from .transport import GrpcTransport, Transport
+
+__all__ = ["Admin", "ClientConfig", "Fetched", "GrpcTransport", "Hit", "KvClient", "Transport"]

@@ -1,0 +1,80 @@
+"""Looking after the store: what the commands ``status`` and ``blocks`` do, over all living nodes at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from kvstore.errors import NotFoundError
+from kvstore.metadata import NodeRecord
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from .membership import Membership
+from .transport import Transport
+
+OK, NOT_FOUND = pb.BLOCK_STATUS_OK, pb.BLOCK_STATUS_NOT_FOUND
+
+
+class Admin:
+    """Administrative calls. Raise `ConcertinaError`s: unlike the data path, whoever looks after the store must see failures.
+
+    Statuses are the names of google.rpc codes, such as ``OK``, ``NOT_FOUND`` or ``BUSY``.
+    """
+
+    def __init__(self, transport: Transport, membership: Membership, timeout_s: float) -> None:
+        self._transport = transport
+        self._membership = membership
+        self._timeout_s = timeout_s
+
+    def nodes(self) -> list[NodeRecord]:
+        """The living nodes, by id."""
+        return sorted(self._membership.everyone().values(), key=lambda record: record.id)
+
+    def node(self, name: str) -> NodeRecord:
+        """The living node of this id, incarnation or address. Raises NotFoundError."""
+        for record in self.nodes():
+            if name in (record.id, record.incarnation, record.address):
+                return record
+        raise NotFoundError(f"no living node {name!r}; there are: {', '.join(r.id for r in self.nodes()) or 'none'}")
+
+    async def stats(self, node: NodeRecord) -> pb.StatsResponse:
+        """The node's exact account of its memory."""
+        return await self._call(node, "Stats", pb.StatsRequest())
+
+    async def list(self, node: NodeRecord, after: bytes = b"", limit: int = 0) -> pb.ListResponse:
+        """One page of the node's blocks; ``next`` of the answer is `after` of the next page, empty at the end."""
+        return await self._call(node, "List", pb.ListRequest(after=after, limit=limit))
+
+    async def evict(self, keys: Sequence[bytes]) -> list[str]:
+        """Drop blocks wherever they are, unless pinned or leased. One status for each key."""
+        return await self._by_key("Evict", keys, pb.EvictRequest(keys=keys))
+
+    async def clear(self, namespace: bytes | None = None) -> tuple[int, int]:
+        """Drop all blocks, or those of one namespace, that are neither pinned nor leased. Returns blocks and arena bytes freed."""
+        answers = await self._everywhere("Clear", pb.ClearRequest(namespace=namespace or b""))
+        return sum(a.blocks for a in answers), sum(a.freed_bytes for a in answers)
+
+    async def pin(self, keys: Sequence[bytes], ttl_seconds: int) -> list[str]:
+        """Keep blocks from eviction and demotion for a bounded time. One status for each key."""
+        return await self._by_key("Pin", keys, pb.PinRequest(keys=keys, ttl_seconds=ttl_seconds))
+
+    async def unpin(self, keys: Sequence[bytes]) -> list[str]:
+        """End pins early. One status for each key."""
+        return await self._by_key("Unpin", keys, pb.UnpinRequest(keys=keys))
+
+    async def _by_key(self, rpc: str, keys: Sequence[bytes], request: Any) -> list[str]:
+        """Ask every node. Of a key's answers OK counts most, then why it failed where it is, NOT_FOUND least."""
+        answers = await self._everywhere(rpc, request)
+        merged = [NOT_FOUND] * len(keys)
+        for answer in answers:
+            for i, status in enumerate(answer.statuses[: len(keys)]):
+                if merged[i] != OK and status != NOT_FOUND:
+                    merged[i] = status
+        return [pb.BlockStatus.Name(status).removeprefix("BLOCK_STATUS_") for status in merged]
+
+    async def _everywhere(self, rpc: str, request: Any) -> list[Any]:
+        return await asyncio.gather(*(self._call(node, rpc, request) for node in self.nodes()))
+
+    async def _call(self, node: NodeRecord, rpc: str, request: Any) -> Any:
+        return await self._transport.call(node.address, rpc, request, self._timeout_s)

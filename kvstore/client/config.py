@@ -1,0 +1,60 @@
+"""Settings of the store's client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Every bound and deadline of a `KvClient`; times in seconds, sizes in bytes.
+
+    Parameters
+    ----------
+    redis_url, prefix : str
+        The cluster's metadata.
+    redis_timeout_s : float
+        Deadline of one round trip to it; what a dead Redis costs one request, once.
+    refresh_s : float
+        Time between two reads of the membership; the same read finds out that Redis is back.
+    suspect_s : float
+        How long a node that failed a call is left alone.
+    tidy_after_s : float
+        Index entries of an incarnation that was not alive for so long are removed.
+    streams_per_node : int
+        Parallel Get streams to one node within a fetch.
+    max_block_bytes : int
+        A header that claims more is refused before anything is allocated.
+    offload_bytes : int
+        Payloads from this size on are verified in a thread.
+    queue_blocks, queue_bytes : int
+        Bounds of what waits to be published; more is dropped and counted.
+    batch_blocks, batch_bytes : int
+        Published in one round: one lookup, one Put stream to each node.
+    put_timeout_s, rpc_timeout_s : float
+        Deadlines of one Put stream, and of each administrative call.
+    """
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    prefix: str = "concertina"
+    redis_timeout_s: float = 0.5
+    refresh_s: float = 0.5
+    suspect_s: float = 1.0
+    tidy_after_s: float = 10.0
+    streams_per_node: int = 2
+    max_block_bytes: int = 256 << 20
+    offload_bytes: int = 1 << 20
+    queue_blocks: int = 4096
+    queue_bytes: int = 512 << 20
+    batch_blocks: int = 64
+    batch_bytes: int = 64 << 20
+    put_timeout_s: float = 5.0
+    rpc_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and not value > 0:
+                raise ConfigError(f"client setting {field.name} must be above 0, not {value!r}")

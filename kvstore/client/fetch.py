@@ -1,0 +1,186 @@
+"""Fetching blocks: parallel Get streams, each block verified as it arrives, delivered in order, cut at the first that fails.
+
+A node spreads nothing and knows nothing of prefixes; the reader decides. Block i of a fetch counts only when it is intact, is the
+block that was asked for, continues block i - 1, and is as exact as asked. Everything after the first failure is worthless to a
+prefix cache, so the streams stop there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvstore.block import BlockHeader, EncodedBlock
+from kvstore.clock import Clock
+from kvstore.errors import ConcertinaError, CorruptBlockError
+from kvstore.identity import NO_PARENT
+from kvstore.metadata import NodeRecord
+from kvstore.metrics import Metrics
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from .assemble import BlockReader
+from .config import ClientConfig
+from .lookup import Hit
+from .membership import Membership
+from .transport import Transport
+
+log = logging.getLogger(__name__)
+
+#: A call's own deadline lies so far behind the fetch's, which decides.
+GRACE_S = 0.25
+#: Called with the position and the block, in order, from the event loop.
+OnBlock = Callable[[int, EncodedBlock], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The verified leading blocks of a fetch, and the bytes that came over the wire for it."""
+
+    blocks: list[EncodedBlock]
+    bytes_fetched: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a block must satisfy to be used."""
+
+    namespace: bytes
+    parent_of_first: bytes = NO_PARENT
+    max_distortion: float = 0.0
+    input_tokens: int = 0
+
+
+class Fetch:
+    """One call of `KvClient.fetch`: the state shared by its streams."""
+
+    def __init__(self, hits: Sequence[Hit], demand: Demand, config: ClientConfig, on_block: OnBlock | None) -> None:
+        self.hits = hits
+        self.demand = demand
+        self.config = config
+        self.blocks: list[EncodedBlock] = []
+        self.bytes_fetched = 0
+        self.corrupt = 0
+        self.expired = False
+        self._on_block = on_block
+        self._arrived: dict[int, EncodedBlock] = {}
+        self._limit = len(hits)  # nothing from this position on can be used
+        self._complete = asyncio.Event()
+
+    def wanted(self, position: int) -> bool:
+        return position < self._limit
+
+    def miss(self, position: int) -> None:
+        """Cut the prefix before `position`."""
+        self._limit = min(self._limit, position)
+        self._advance()
+
+    def arrived(self, position: int, block: EncodedBlock) -> None:
+        self._arrived[position] = block
+        self._advance()
+
+    async def wait(self) -> None:
+        """Until the prefix cannot grow any more."""
+        await self._complete.wait()
+
+    def _advance(self) -> None:
+        """Deliver what has become part of the prefix."""
+        while self.wanted(at := len(self.blocks)) and (block := self._arrived.pop(at, None)) is not None:
+            parent = self.hits[at - 1].key if at else self.demand.parent_of_first
+            if block.header.parent != parent:
+                self.corrupt += 1
+                self._limit = at
+            else:
+                self.blocks.append(block)
+                if self._on_block is not None:
+                    self._on_block(at, block)
+        if len(self.blocks) >= self._limit:
+            self._complete.set()
+
+    def check(self, position: int, header: BlockHeader) -> bool:
+        """Whether a block with this header may be used. Raises CorruptBlockError if it is not the one that was asked for."""
+        if header.key != self.hits[position].key or header.namespace != self.demand.namespace:
+            raise CorruptBlockError("the node sent another block than the one asked for")
+        if header.total_bytes > self.config.max_block_bytes:
+            raise CorruptBlockError(f"a block of {header.total_bytes} bytes is above max_block_bytes = {self.config.max_block_bytes}")
+        own, before = header.rows[header.present - 1].distortion, header.provenance.distortion
+        worst = max(own.keys, own.values, before.keys, before.values)
+        return not self.demand.max_distortion > 0 or worst <= self.demand.max_distortion
+
+
+class Fetcher:
+    """Runs fetches over a `Transport`."""
+
+    def __init__(self, transport: Transport, membership: Membership, config: ClientConfig, metrics: Metrics, clock: Clock) -> None:
+        self._transport = transport
+        self._membership = membership
+        self._config = config
+        self._metrics = metrics
+        self._clock = clock
+
+    async def fetch(self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None = None) -> Fetched:
+        """The longest verified prefix of `hits` that arrived within `deadline_s`. Raises only what `on_block` raises."""
+        began = self._clock.now()
+        job = Fetch(hits, demand, self._config, on_block)
+        if not hits:
+            return Fetched([], 0)
+        streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in self._plan(hits)]
+        everything = asyncio.gather(*streams)
+        finished = asyncio.create_task(job.wait())
+        try:
+            done, _ = await asyncio.wait((everything, finished), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            job.expired = not done
+            if everything.done():
+                everything.result()  # raises what `on_block` raised
+        finally:
+            finished.cancel()
+            for task in streams:
+                task.cancel()
+            await asyncio.gather(everything, finished, *streams, return_exceptions=True)
+        self._metrics.fetch_bytes.inc(job.bytes_fetched)
+        self._metrics.fetch_seconds.observe(self._clock.now() - began)
+        self._metrics.corrupt_blocks.labels("fetch").inc(job.corrupt)
+        return Fetched(job.blocks, job.bytes_fetched)
+
+    def _plan(self, hits: Sequence[Hit]) -> list[tuple[NodeRecord, list[int]]]:
+        """Positions by stream. The streams of one node take turns, so that the prefix grows steadily."""
+        by_node: dict[str, list[int]] = {}
+        for position, hit in enumerate(hits):
+            by_node.setdefault(hit.node.incarnation, []).append(position)
+        plan = []
+        for positions in by_node.values():
+            streams = min(self._config.streams_per_node, len(positions))
+            plan += [(hits[positions[0]].node, positions[start::streams]) for start in range(streams)]
+        return plan
+
+    async def _stream(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
+        """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
+        request = pb.GetRequest(keys=[job.hits[p].key for p in positions], input_tokens=job.demand.input_tokens)
+        reader, position = None, positions[0]
+        try:
+            async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as frames:
+                reader = BlockReader(frames, self._config.offload_bytes)
+                for number, position in enumerate(positions):
+                    if not job.wanted(position):
+                        return
+                    block = await reader.read(number, lambda header, at=position: job.check(at, header))
+                    if block is None:
+                        break
+                    job.arrived(position, block)
+                else:
+                    return
+        except CorruptBlockError as error:
+            log.warning("block %d of a fetch from %s is a miss: %s", position, node.address, error)
+            job.corrupt += 1
+        except ConcertinaError as error:
+            log.info("node %s is left alone for a moment: %s", node.address, error)
+            self._membership.suspect(node, "node")
+        except asyncio.CancelledError:
+            if job.expired and not (reader and reader.bytes_read):
+                self._membership.suspect(node, "node")  # said nothing until the deadline
+            raise
+        finally:
+            job.bytes_fetched += reader.bytes_read if reader else 0
+        job.miss(position)

@@ -1,0 +1,205 @@
+"""Write-behind publishing: a bounded queue that sheds what does not fit, and one task that empties it.
+
+The caller never waits. Each round takes a batch, asks the index once which of its blocks are already held as good, spreads the
+rest over the nodes with the most room, and sends one Put stream to each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from kvstore.block import EncodedBlock
+from kvstore.errors import ConcertinaError, InvalidInputError
+from kvstore.identity import NO_PARENT
+from kvstore.metadata import Location, NodeRecord
+from kvstore.metrics import Metrics
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+from .config import ClientConfig
+from .frames import put_frames
+from .lookup import Lookup
+from .membership import Membership
+from .placement import Placement
+from .transport import Transport
+
+log = logging.getLogger(__name__)
+
+#: A batch is tried so often on living nodes before it is given up.
+ATTEMPTS = 3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+
+#: Outcome of a block -> reason under which it counts as dropped. The other outcomes mean that the store has it.
+_DROPPED = {
+    pb.BLOCK_STATUS_RESOURCE_EXHAUSTED: "no_room",
+    pb.BLOCK_STATUS_DATA_LOSS: "corrupt",
+    pb.BLOCK_STATUS_BUSY: "busy",
+}
+
+
+class _Item(NamedTuple):
+    block: EncodedBlock
+    size_bytes: int
+    input_tokens: int
+
+
+class Publisher:
+    """The queue and its task. `offer` may be called from the event loop's thread only."""
+
+    def __init__(self, transport: Transport, membership: Membership, lookup: Lookup, config: ClientConfig, metrics: Metrics) -> None:
+        self._transport = transport
+        self._membership = membership
+        self._lookup = lookup
+        self._config = config
+        self._dropped = metrics.publish_dropped
+        self._corrupt = metrics.corrupt_blocks
+        self._gauge = metrics.publish_queue_blocks
+        self._placement = Placement()
+        self._queue: deque[_Item] = deque()
+        self._queued_bytes = 0
+        self._in_flight = 0
+        self._more = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self, flush_s: float) -> None:
+        """Publish for at most `flush_s` more seconds; what is left is dropped and counted."""
+        if self._task is None:
+            return
+        await self.flush(flush_s)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+        self._drop(len(self._queue) + self._in_flight, "closed")
+        self._queue.clear()
+        self._queued_bytes = self._in_flight = 0
+        self._note()
+
+    def offer(self, blocks: Sequence[EncodedBlock], input_tokens: int) -> int:
+        """Take the leading blocks that fit; the rest is dropped and counted. Returns how many were taken.
+
+        Raises
+        ------
+        InvalidInputError
+            For a block that has not been given its key and namespace.
+        """
+        if any(block.header.key == NO_PARENT or block.header.namespace == NO_PARENT for block in blocks):
+            raise InvalidInputError("a block must be named before it is published; call EncodedBlock.with_identity")
+        if self._task is None:
+            self._drop(len(blocks), "closed")
+            return 0
+        taken = 0
+        for block in blocks:
+            size = block.header.total_bytes
+            if self._waiting >= self._config.queue_blocks or self._queued_bytes + size > self._config.queue_bytes:
+                break
+            self._queue.append(_Item(block, size, input_tokens))
+            self._queued_bytes += size
+            taken += 1
+        self._drop(len(blocks) - taken, "full")
+        self._note()
+        return taken
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing waits or is under way. Returns False when `timeout_s` passed first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._queue) + self._in_flight
+
+    def _note(self) -> None:
+        """Bring gauge and events in step with the queue."""
+        self._gauge.set(self._waiting)
+        (self._more.set if self._queue else self._more.clear)()
+        (self._empty.clear if self._waiting else self._empty.set)()
+
+    def _drop(self, count: int, reason: str) -> None:
+        if count:
+            self._dropped.labels(reason).inc(count)
+
+    async def _run(self) -> None:
+        while True:
+            await self._more.wait()
+            batch = self._take()
+            self._note()
+            await self._publish(batch)
+            self._in_flight = 0
+            self._queued_bytes -= sum(item.size_bytes for item in batch)
+            self._note()
+
+    def _take(self) -> list[_Item]:
+        """The next batch, off the queue; its bytes stay counted until it has been dealt with."""
+        batch: list[_Item] = []
+        size = 0
+        while self._queue and len(batch) < self._config.batch_blocks:
+            size += self._queue[0].size_bytes
+            if batch and size > self._config.batch_bytes:
+                break
+            batch.append(self._queue.popleft())
+        self._in_flight = len(batch)
+        return batch
+
+    async def _publish(self, batch: list[_Item]) -> None:
+        """Until every block of `batch` is stored, refused, or given up."""
+        pause_s, failures = FIRST_PAUSE_S, 0
+        while batch and failures < ATTEMPTS:
+            nodes = self._membership.living()
+            try:
+                found = await self._lookup.locate([item.block.header.key for item in batch]) if nodes else None
+            except ConcertinaError:
+                found = None
+            if found is None:  # nobody there: wait, while the bounded queue sheds what is new
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                continue
+            batch = await self._send(list(self._place(batch, found, nodes)))
+            failures += 1
+        self._drop(len(batch), "unavailable")
+
+    def _place(
+        self, batch: Iterable[_Item], found: Iterable[tuple[Location, ...]], nodes: dict[str, NodeRecord]
+    ) -> Iterator[tuple[NodeRecord, _Item]]:
+        """A node for each block that no living node holds as good; a worse copy is replaced where it is."""
+        self._placement.update(nodes.values())
+        for item, places in zip(batch, found, strict=True):
+            held = [place for place in places if place.incarnation in nodes]
+            if not held:
+                yield nodes[self._placement.choose(item.size_bytes)], item
+            elif all(place.fidelity < item.block.header.present for place in held):
+                yield nodes[held[0].incarnation], item
+
+    async def _send(self, placed: list[tuple[NodeRecord, _Item]]) -> list[_Item]:
+        """One Put stream to each node, side by side. Returns what a failing node did not take."""
+        by_node: dict[str, tuple[NodeRecord, list[_Item]]] = {}
+        for node, item in placed:
+            by_node.setdefault(node.incarnation, (node, []))[1].append(item)
+        left = await asyncio.gather(*(self._put(node, items) for node, items in by_node.values()))
+        return [item for items in left for item in items]
+
+    async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
+        frames = (frame for i, item in enumerate(items) for frame in put_frames(i, item.block, item.input_tokens))
+        try:
+            response = await self._transport.put(node.address, frames, self._config.put_timeout_s)
+        except ConcertinaError as error:
+            log.info("node %s did not take %d blocks: %s", node.address, len(items), error)
+            self._membership.suspect(node, "node")
+            return items
+        for status in response.statuses:
+            if status in _DROPPED:
+                self._drop(1, _DROPPED[status])
+            if status == pb.BLOCK_STATUS_DATA_LOSS:
+                self._corrupt.labels("publish").inc()
+        return []

@@ -1,0 +1,109 @@
+"""The client's only door to the nodes, and the one place where gRPC's errors become ours.
+
+A simulation replaces `GrpcTransport` by one that delivers in-process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from kvstore.errors import error_for_status
+from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
+
+SERVICE = "/concertina.kvstore.v1.KVStoreService/"
+MAX_MESSAGE_BYTES = 16 << 20
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # A restarted node must be found again within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+class Transport(Protocol):
+    """Calls to store nodes by address. All raise `ConcertinaError`s only, and none outlasts its `timeout_s`."""
+
+    def get(self, address: str, request: pb.GetRequest, timeout_s: float) -> AsyncIterator[bytes]:
+        """The serialized `GetResponse` frames. Closing the iterator cancels the call."""
+
+    async def put(self, address: str, frames: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
+        """Send serialized `PutRequest` frames; `frames` is drawn from as the node takes them."""
+
+    async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
+        """A unary call of ``KVStoreService``; `request` is its message."""
+
+    async def keep(self, addresses: set[str]) -> None:
+        """Drop what is held open to any other address."""
+
+    async def close(self) -> None:
+        """Drop everything."""
+
+
+class GrpcTransport:
+    """See `Transport`. One channel to each address, opened on use."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def get(self, address: str, request: pb.GetRequest, timeout_s: float) -> AsyncIterator[bytes]:
+        rpc = self._channel(address).unary_stream(SERVICE + "Get", request_serializer=pb.GetRequest.SerializeToString)
+        call = rpc(request, timeout=timeout_s)
+        try:
+            with _translated(address):
+                async for frame in call:
+                    yield frame
+        finally:
+            call.cancel()
+
+    async def put(self, address: str, frames: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
+        rpc = self._channel(address).stream_unary(SERVICE + "Put", response_deserializer=pb.PutResponse.FromString)
+        with _translated(address):
+            return await rpc(iter(frames), timeout=timeout_s)
+
+    async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
+        response = getattr(pb, f"{rpc}Response")
+        stub = self._channel(address).unary_unary(
+            SERVICE + rpc, request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
+        )
+        with _translated(address):
+            return await stub(request, timeout=timeout_s)
+
+    async def keep(self, addresses: set[str]) -> None:
+        for address in set(self._channels) - addresses:
+            await self._channels.pop(address).close()
+
+    async def close(self) -> None:
+        await self.keep(set())
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return channel
+
+
+@contextmanager
+def _translated(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_for_status(error.code().name, f"node {address}: {error.details() or error.code().name}") from error
+    except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+        raise error_for_status("UNAVAILABLE", f"node {address}: the channel was closed") from error
+    except asyncio.CancelledError:
+        # gRPC says the same word when a channel closes under a call as when our own task is cancelled.
+        if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            raise
+        raise error_for_status("UNAVAILABLE", f"node {address}: the channel was closed") from None
