@@ -26,14 +26,15 @@ setup: $(STAMP) model ## make .venv from the lock and fetch the default model (o
 model: $(STAMP)
 	@$(BIN)/python -m services.model > /dev/null
 
+# --no-compile: Python compiles what is really imported, a small part of what pip would.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "setup: $(PYTHON) is missing or older than Python 3.11; run: make setup PYTHON=python3.11"; exit 1; }
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv || \
 		{ echo "setup: $(PYTHON) -m venv failed; on Debian and Ubuntu it is in the package python3-venv"; exit 1; }
 	$(BIN)/python deploy/setup/install_torch.py constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@rm -f .venv/.setup-* && touch $@
 
 demo: setup ## the main job on this machine: cold, warm, second worker, eviction, a killed node; at most a few minutes

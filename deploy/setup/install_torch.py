@@ -17,7 +17,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PIP = [sys.executable, "-m", "pip", "install", "--progress-bar", "on"]
+PIP = [sys.executable, "-m", "pip", "install", "--no-compile"]
 
 
 def pinned(constraints: str, name: str) -> str:

@@ -55,7 +55,7 @@ def fetch_default(progress: Callable[[str], None] | None = None) -> Path:
     Raises
     ------
     ConfigError
-        When the cache directory cannot be written.
+        When the cache directory cannot be written or is full.
     TransportError
         When the download fails.
     """
@@ -68,8 +68,10 @@ def fetch_default(progress: Callable[[str], None] | None = None) -> Path:
         with _lock(models / f".{NAME}.lock"):
             if not is_complete():
                 _fetch(models, say)
-    except PermissionError as error:
-        raise ConfigError(f"cannot write the default model to {models}; set XDG_CACHE_HOME to a directory that you own") from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the default model in {models} ({error}); free 500 MB there or set XDG_CACHE_HOME to a directory of yours"
+        ) from error
     return check(model_dir())
 
 

@@ -24,7 +24,12 @@ VALUES = {
     "external redis": {"redis": {"enabled": False, "url": "rediss://user:secret@redis.example:6380/1"}},
     "gpu": {
         "node": {"device": "cuda", "resources": {"limits": {"nvidia.com/gpu": 1}}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
-        "worker": {"device": "cuda", "replicas": 3, "nodeSelector": {"gpu": "yes"}, "cacheVolume": {"persistentVolumeClaim": {"claimName": "models"}}},
+        "worker": {
+            "device": "cuda",
+            "replicas": 3,
+            "nodeSelector": {"gpu": "yes"},
+            "cacheVolume": {"persistentVolumeClaim": {"claimName": "models"}},
+        },
     },
     "bare": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
 }
@@ -70,8 +75,8 @@ def of_kind(objects: list[dict], kind: str) -> list[dict]:
 
 def pod_templates(objects: list[dict]) -> list[dict]:
     cluster = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [doc["spec"]["template"] for doc in objects if doc["kind"] in ("StatefulSet", "Deployment")] + [group["template"] for group in groups]
+    ours = [doc["spec"] for doc in objects if doc["kind"] in ("StatefulSet", "Deployment")]
+    return [owner["template"] for owner in (*ours, cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def test_objects_are_valid(objects, ray_service):
@@ -163,7 +168,7 @@ def test_external_redis_replaces_ours_everywhere():
         {"redis": {"url": "localhost"}},
         {"extra": 1},
     ],
-    ids=lambda values: json.dumps(values),
+    ids=json.dumps,
 )
 def test_schema_refuses(values):
     schema = json.loads((CHART / "values.schema.json").read_text())
