@@ -15,6 +15,12 @@ from kvstore.errors import ConcertinaError, ConfigError, InvalidInputError
 
 #: Command -> (module, one line of help). The order is that of ``concertina --help``.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("services.cli.up", "bring a whole system up on this machine"),
+    "down": ("services.cli.down", "take a system down again"),
+    "status": ("services.cli.status", "show endpoints, nodes and memory of a running system"),
+    "generate": ("services.cli.generate", "ask the model of a running system"),
+    "blocks": ("services.cli.blocks", "list, pin, evict or clear the blocks of the store"),
+    "worker": ("services.cli.worker", "run inference workers in a Ray of their own"),
     "node": ("services.cli.node", "run one store node and join a cluster"),
     "replay": ("services.cli.replay", "replay a request trace through an eviction policy"),
     "calibrate": ("services.cli.calibrate", "learn a model's profile for the transform codec from text"),

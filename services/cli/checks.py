@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
+from kvstore.clock import SystemClock
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size, parse_size
 
@@ -50,6 +52,17 @@ def check_count(option: str, value: int, low: int, high: int = 1024) -> None:
         raise ConfigError(f"{option} must be from {low} to {high}, not {value}")
 
 
+def check_ratio(ratio: float | None) -> None:
+    if ratio is not None and not 1.0 < ratio <= 1000.0:
+        raise ConfigError(f"--ratio must be above 1 and at most 1000, not {ratio:g}")
+
+
+def check_tenants(path: str | None) -> None:
+    from services.worker.tenants import Tenants
+
+    Tenants.load(path)
+
+
 def check_arena(text: str, nodes: int, device: str) -> int:
     """Bytes of one node's arena. On the CPU, those of all nodes together must fit the memory that is free."""
     size = parse_size(text)
@@ -80,12 +93,27 @@ def check_listen(text: str, option: str) -> tuple[str, int]:
 
 
 def bound_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0, after a trial bind. Raises OSError where it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial:
+    """`port`, or a free one for 0, after a trial bind. Raises OSError where it is taken.
+
+    A free one is drawn below the range from which the kernel gives ports to outgoing connections, which may be many before ours is
+    bound for good.
+    """
+    if port:
+        _try_bind(host, port)
+        return port
+    draw = SystemClock().rng
+    for _ in range(100):
+        candidate = draw.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError):
+            _try_bind(host, candidate)
+            return candidate
+    raise OSError(f"no free port on {host}")
+
+
+def _try_bind(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         trial.bind((host, port))
-        return trial.getsockname()[1]
 
 
 def local_model(name: str) -> Path:

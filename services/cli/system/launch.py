@@ -1,0 +1,137 @@
+"""Bringing a system up: Redis first, then nodes and workers side by side, each waited for, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kvstore.errors import ConfigError, TransportError
+from kvstore.metadata.embedded import start_valkey
+
+from . import record
+from .plan import INFERENCE_PORT, REDIS_PORT, Plan
+from .processes import describe, spawn
+from .record import UP, SystemRecord
+
+NODE_TIMEOUT_S = 90.0
+#: A large model takes its time; a process that has failed is noticed at once all the same.
+WORKER_TIMEOUT_S = 1800.0
+REMIND_S = 10.0
+TAIL_LINES = 12
+
+
+@dataclass(slots=True)
+class _Child:
+    part: str
+    process: subprocess.Popen
+    out: Path
+    log: Path
+    since: float
+    timeout_s: float
+
+
+def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None:
+    """Start every part of `plan` and wait until all are ready. The caller ends what has started when this raises.
+
+    Parameters
+    ----------
+    plan : Plan
+    system : SystemRecord
+        Written with every step.
+    say : callable
+        Takes one line of progress.
+
+    Raises
+    ------
+    ConfigError, TransportError
+        Name the part that failed, with the end of its log.
+    """
+    redis_port = _reserve(plan, system)
+    if not plan.redis:
+        _start_redis(system, redis_port, say)
+    system.codec = plan.codec
+    system.model = plan.model.name if plan.model else None
+    children = [
+        _start(system, f"node-{number}", plan.node_command(number, system.redis), NODE_TIMEOUT_S) for number in range(plan.nodes)
+    ]
+    if plan.workers:
+        command = plan.worker_command(system.redis, system.inference, system.scratch)
+        children.append(_start(system, "worker", command, WORKER_TIMEOUT_S))
+        say(f"starting {plan.nodes} store node(s) and {plan.workers} worker(s) of {system.model} …")
+    else:
+        say(f"starting {plan.nodes} store node(s) …")
+    _wait(children, say)
+    system.phase = UP
+    system.save()
+
+
+def _start_redis(system: SystemRecord, port: int, say: Callable[[str], None]) -> None:
+    since = time.monotonic()
+    # Its title would hide the path of its configuration, by which `down` knows it.
+    server = start_valkey(system.redis_directory, port, settings={"set-proc-title": "no"})
+    system.processes.append(describe("redis", server.pid))
+    system.save()
+    say(f"redis: ready at {server.url} ({time.monotonic() - since:.1f} s)")
+
+
+def _start(system: SystemRecord, part: str, command: list[str], timeout_s: float) -> _Child:
+    out, log = system.logs / f"{part}.out", system.logs / f"{part}.log"
+    process = spawn(command, system.marker, out, log)
+    system.processes.append(describe(part, process.pid))
+    system.save()
+    return _Child(part, process, out, log, time.monotonic(), timeout_s)
+
+
+def _wait(children: list[_Child], say: Callable[[str], None]) -> None:
+    """Until each has printed its line of JSON."""
+    waiting, remind = list(children), time.monotonic() + REMIND_S
+    while waiting:
+        for child in list(waiting):
+            took_s = time.monotonic() - child.since
+            if _ready(child):
+                say(f"{child.part}: ready ({took_s:.1f} s)")
+                waiting.remove(child)
+            elif child.process.poll() is not None:
+                raise _failure(child, f"ended with exit status {child.process.returncode}")
+            elif took_s > child.timeout_s:
+                raise _failure(child, f"was not ready after {child.timeout_s:.0f} s")
+        if waiting and time.monotonic() > remind:
+            remind += REMIND_S
+            say(f"still waiting for {', '.join(c.part for c in waiting)} …")
+        time.sleep(0.05)
+
+
+def _ready(child: _Child) -> bool:
+    line, newline, _ = child.out.read_text(errors="replace").partition("\n")
+    if not newline:
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _failure(child: _Child, what: str) -> ConfigError | TransportError:
+    """Exit status 2 of a part is wrong usage, which is ours then."""
+    lines = child.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    kind = ConfigError if child.process.poll() == 2 else TransportError
+    return kind(f"{child.part} {what}; its log ends:\n" + "\n".join("  " + line for line in lines))
+
+
+def _reserve(plan: Plan, system: SystemRecord) -> int:
+    """Choose the ports of the workers' gRPC, kept in `system`, and of Redis, returned; no two systems choose the same."""
+    with record.lock(".ports", wait=True):
+        others = [r for name in record.names() if name != system.name and (r := record.load(name))]
+        taken = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        taken |= {port for r in others for port in r.ports}
+        inference, redis = (next(p for p in range(standard, 65536) if p not in taken) for standard in (INFERENCE_PORT, REDIS_PORT))
+        system.inference = f"127.0.0.1:{inference}" if plan.workers else None
+        system.redis = plan.redis or f"redis://127.0.0.1:{redis}/0"
+        system.save()
+    return redis

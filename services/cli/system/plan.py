@@ -1,0 +1,111 @@
+"""What `up` is asked for, checked within a moment and before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.cli import checks
+
+#: Tried first; a free one is taken where another program has it.
+INFERENCE_PORT, REDIS_PORT = 9000, 6379
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A system to bring up.
+
+    Parameters
+    ----------
+    name : str
+    model : Path or None
+        None for a store alone.
+    nodes, workers : int
+    arena_bytes : int
+        Of each node.
+    codec : str
+    ratio : float or None
+    policy : str
+        Empty for the node's default.
+    redis : str or None
+        URL of a running one; None starts a Valkey.
+    device, engine : str
+    tenants : str or None
+    """
+
+    name: str
+    model: Path | None
+    nodes: int = 2
+    workers: int = 1
+    arena_bytes: int = 256 << 20
+    codec: str = "int8"
+    ratio: float | None = None
+    policy: str = ""
+    redis: str | None = None
+    device: str = "cpu"
+    engine: str = "transformers"
+    tenants: str | None = None
+
+    def node_command(self, number: int, redis: str) -> list[str]:
+        """Command line of one node."""
+        command = ["node", "--redis", redis, "--id", f"{self.name}-node-{number}", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+        command += ["--arena", str(self.arena_bytes), "--device", self.device]
+        return _concertina(command + (["--policy", self.policy] if self.policy else []))
+
+    def worker_command(self, redis: str, listen: str, scratch: Path) -> list[str]:
+        """Command line of the worker process, which holds all replicas."""
+        command = ["worker", "--redis", redis, "--model", str(self.model), "--listen", listen, "--workers", str(self.workers)]
+        command += ["--codec", self.codec, "--device", self.device, "--engine", self.engine, "--scratch", str(scratch)]
+        command += ["--ratio", str(self.ratio)] if self.ratio else []
+        return _concertina(command + (["--tenants", self.tenants] if self.tenants else []))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say what a system is made of."""
+    parser.add_argument("--model", default="", metavar="DIR|HUB-NAME", help="model to serve (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--nodes", type=int, default=2, metavar="N", help="store nodes (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker actors, one a GPU; 0 for the store alone (%(default)s)")
+    parser.add_argument("--arena", default="256MiB", metavar="SIZE", help="memory for blocks of each node (%(default)s)")
+    parser.add_argument("--codec", default=Plan.codec, help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
+    parser.add_argument("--policy", default="", help="eviction policy of the nodes (default: theirs)")
+    parser.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of starting one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for arenas and model (%(default)s)")
+    parser.add_argument("--engine", default="transformers", help="what runs the model (%(default)s)")
+    parser.add_argument("--tenants", metavar="FILE", help="JSON of token digests and tenants; calls then need a bearer token")
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """The checked plan. Raises ConfigError for the first thing that can never work."""
+    checks.check_count("--nodes", args.nodes, 1)
+    checks.check_count("--workers", args.workers, 0)
+    checks.check_device(args.device)
+    arena_bytes = checks.check_arena(args.arena, args.nodes, args.device)
+    checks.check_redis(args.redis)
+    checks.check_ratio(args.ratio)
+    checks.check_codec(args.codec)
+    checks.check_engine(args.engine)
+    if args.policy:
+        checks.check_policy(args.policy)
+    checks.check_tenants(args.tenants)
+    model = checks.local_model(args.model) if args.workers else None
+    return Plan(
+        name=args.name,
+        model=model,
+        nodes=args.nodes,
+        workers=args.workers,
+        arena_bytes=arena_bytes,
+        codec=args.codec,
+        ratio=args.ratio,
+        policy=args.policy,
+        redis=args.redis,
+        device=args.device,
+        engine=args.engine,
+        tenants=str(Path(args.tenants).absolute()) if args.tenants else None,
+    )
+
+
+def _concertina(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "services.cli", *arguments]
