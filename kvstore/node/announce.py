@@ -97,6 +97,10 @@ class Announcer:
                 log.warning("the metadata is away, serving on without it: %s", error)
             self._reachable.clear()
             return
+        except Exception:  # whatever is wrong with the metadata, the beats go on
+            log.exception("a heartbeat failed")
+            self._reachable.clear()
+            return
         if not known:
             self._announce_all()
         self._reachable.set()
