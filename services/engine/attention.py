@@ -1,0 +1,154 @@
+"""Attention over live caches, through transformers' public attention interface.
+
+A model loaded with ``attn_implementation="concertina"`` calls `attend` in every layer. Which rows of the flat batch belong to which
+request comes as a `Step` among the forward's keyword arguments, which transformers hands down to the attention function. Each
+request's attention is a call of its own with shapes that depend on that request alone, so its numbers do not depend on who
+else is in the batch.
+
+Shape suffixes: N row of the flat batch, Q query head, H KV head, G query heads a KV head, T token, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from kvstore.errors import ConfigError
+
+from .live import LiveKV
+
+NAME = "concertina"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`size` rows of the flat batch from `row` on: prompt tokens of one request, the first at `start` of its cache."""
+
+    kv: LiveKV
+    row: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One row of the flat batch: the next token of one request, which goes to `at` of its cache."""
+
+    kv: LiveKV
+    row: int
+    at: int
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward computes; rows of neither kind are padding. `layers_seen` proves that every layer came by."""
+
+    tiles: tuple[Tile, ...] = ()
+    tokens: tuple[Token, ...] = ()
+    masks: Masks = field(default_factory=lambda: Masks())
+    layers_seen: int = 0
+
+
+class Masks:
+    """Additive causal masks of tiles, cut from one tensor that is made once and grows as needed."""
+
+    def __init__(self) -> None:
+        self._wide: dict[tuple, torch.Tensor] = {}
+
+    def get(self, tile: Tile, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """[1, 1, G·T, start + T]: 0 where a query may look, -inf elsewhere. Queries of the same group lie together."""
+        key = (tile.size, groups, dtype, window)
+        wide = self._wide.get(key)
+        if wide is None or wide.shape[1] < tile.start + tile.size:
+            wide = self._wide[key] = self._build(tile, groups, dtype, window)
+        return wide[None, None, :, wide.shape[1] - tile.start - tile.size :]
+
+    @staticmethod
+    def _build(tile: Tile, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        width = tile.size * max(16, 1 << (tile.start // tile.size + 1).bit_length())
+        device = tile.kv.device
+        query = torch.arange(width - tile.size, width, device=device)[:, None]
+        key = torch.arange(width, device=device)[None, :]
+        hidden = key > query
+        if window:
+            hidden |= key <= query - window
+        mask = torch.zeros(tile.size, width, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return mask.repeat(groups, 1)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    concertina_step: Step | None = None,
+    **unused: object,
+) -> tuple[torch.Tensor, None]:
+    """Write this layer's K and V of all rows into their caches, then attend.
+
+    Parameters
+    ----------
+    query : Tensor [1, Q, N, D]
+    key, value : Tensor [1, H, N, D]
+        After RoPE.
+
+    Returns
+    -------
+    Tensor [1, N, Q, D], and None for the weights.
+
+    Raises
+    ------
+    ConfigError
+        For a model that hands down no step, or asks for what is not supported here.
+    """
+    step = concertina_step
+    if step is None:
+        raise ConfigError(f"{type(module).__name__} does not hand keyword arguments to its attention; the model cannot be served")
+    for what in ("softcap", "s_aux", "position_bias"):
+        if unused.get(what) is not None:
+            raise ConfigError(f"{type(module).__name__} needs attention with {what}, which this engine does not have")
+    step.layers_seen += 1
+    out_NQD = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+    for tile in step.tiles:
+        _attend_tile(module.layer_idx, tile, step.masks, query, key, value, out_NQD, scaling, sliding_window)
+    for token in step.tokens:
+        _attend_token(module.layer_idx, token, query, key, value, out_NQD, scaling, sliding_window)
+    return out_NQD[None], None
+
+
+def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window) -> None:
+    rows = slice(tile.row, tile.row + tile.size)
+    stop = tile.start + tile.size
+    k_HTD, v_HTD = tile.kv.k_LHTD[layer], tile.kv.v_LHTD[layer]
+    k_HTD[:, tile.start : stop] = key[0, :, rows]
+    v_HTD[:, tile.start : stop] = value[0, :, rows]
+    heads, dim = k_HTD.shape[0], query.shape[3]
+    groups = query.shape[1] // heads
+    # The query heads that share a KV head become further rows of it: K and V are read once and never repeated.
+    packed = query[0, :, rows].reshape(1, heads, groups * tile.size, dim)
+    mask = masks.get(tile, groups, query.dtype, window)
+    out = functional.scaled_dot_product_attention(packed, k_HTD[None, :, :stop], v_HTD[None, :, :stop], attn_mask=mask, scale=scaling)
+    out_NQD[rows] = out.view(heads * groups, tile.size, -1).transpose(0, 1)
+
+
+def _attend_token(layer, token, query, key, value, out_NQD, scaling, window) -> None:
+    k_HTD, v_HTD = token.kv.k_LHTD[layer], token.kv.v_LHTD[layer]
+    k_HTD[:, token.at] = key[0, :, token.row]
+    v_HTD[:, token.at] = value[0, :, token.row]
+    stop = token.at + 1
+    first = max(0, stop - window) if window else 0
+    heads, dim = k_HTD.shape[0], query.shape[3]
+    packed = query[0, :, token.row].reshape(1, heads, -1, dim)
+    out = functional.scaled_dot_product_attention(packed, k_HTD[None, :, first:stop], v_HTD[None, :, first:stop], scale=scaling)
+    out_NQD[token.row] = out.view(-1, out.shape[3])
+
+
+def register() -> None:
+    """Make ``attn_implementation="concertina"`` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(NAME, attend)

@@ -1,0 +1,127 @@
+"""Run the model on a flat batch: tiles of prompts, or one token for each of several requests.
+
+Numbers must not depend on who else is in a batch, on how a prompt was cut, or on whether its prefix came from the store. So a prompt
+is always computed in tiles of `tile` tokens at multiples of `tile`, the last one padded; and a forward has only row counts for which
+`services.engine.shapes` has seen this machine give every row the same bits as in any other (`Shapes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore.layout import KVLayout
+
+from .attention import Masks, Step, Tile, Token
+from .live import LiveKV
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Row counts that give the same bits for each row: `tiles` of a prompt at most, and tokens in multiples of `quantum` up to `rows`."""
+
+    tiles: int
+    quantum: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTile:
+    """Up to a tile of one prompt's tokens, the first at position `start`, a multiple of the tile.
+
+    `logits` asks for those of its last token.
+    """
+
+    kv: LiveKV
+    start: int
+    tokens: Sequence[int]
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """The last token of one request, at `position` of the sequence; it joins the end of its cache."""
+
+    kv: LiveKV
+    token: int
+    position: int
+
+
+class Runner:
+    """Forwards of one model. All calls come from one thread.
+
+    Parameters
+    ----------
+    model : module
+        A causal language model loaded with the attention of `services.engine.attention`.
+    layout : KVLayout
+    tile : int
+        Tokens of a tile.
+    device : str
+    """
+
+    def __init__(self, model: torch.nn.Module, layout: KVLayout, tile: int, device: str) -> None:
+        self.model, self.layout, self.tile, self.device = model, layout, tile, torch.device(device)
+        self.shapes = Shapes(tiles=1, quantum=8, rows=8)
+        self._masks = Masks()
+
+    def new_kv(self, capacity: int, limit: int) -> LiveKV:
+        """An empty cache for one request."""
+        return LiveKV(self.layout, capacity, limit, self.tile, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, tiles: Sequence[PromptTile]) -> torch.Tensor:
+        """Compute tiles, at most `shapes.tiles`; several of one prompt must be in order.
+
+        Returns
+        -------
+        Tensor [tiles that asked for logits, vocabulary], float32.
+        """
+        ids, positions, spans, wanted = [], [], [], []
+        for number, part in enumerate(tiles):
+            row, count = number * self.tile, len(part.tokens)
+            ids += [*part.tokens, *[0] * (self.tile - count)]
+            positions += range(part.start, part.start + self.tile)
+            part.kv.reserve(part.start + self.tile)
+            part.kv.length = part.start + count
+            spans.append(Tile(part.kv, row, part.start, self.tile))
+            if part.logits:
+                wanted.append(row + count - 1)
+        return self._forward(ids, positions, wanted, Step(tiles=tuple(spans), masks=self._masks))
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[NextToken]) -> torch.Tensor:
+        """Compute one token for each of at most `shapes.rows` requests.
+
+        Returns
+        -------
+        Tensor [rows, vocabulary], float32.
+        """
+        padding = -len(rows) % self.shapes.quantum
+        tokens = []
+        for number, row in enumerate(rows):
+            at = row.kv.length
+            row.kv.reserve(at + 1)
+            row.kv.length = at + 1
+            tokens.append(Token(row.kv, number, at))
+        ids = [row.token for row in rows] + [0] * padding
+        positions = [row.position for row in rows] + [0] * padding
+        step = Step(tokens=tuple(tokens), masks=self._masks)
+        return self._forward(ids, positions, list(range(len(rows))), step)
+
+    def _forward(self, ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
+        # The output head is a product like any other: its rows are padded to the same counts.
+        padded = wanted + [wanted[-1] if wanted else 0] * (-max(len(wanted), 1) % self.shapes.quantum + (not wanted))
+        out = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(padded, device=self.device),
+            concertina_step=step,
+        )
+        if step.layers_seen != self.layout.layers:
+            raise ConfigError(f"{type(self.model).__name__} has {self.layout.layers} layers, of which {step.layers_seen} use attention as known here")
+        return out.logits[0, : len(wanted)].float()

@@ -1,0 +1,98 @@
+"""Which requests run in the next step. No tensors, no time, no threads: the same calls give the same plans.
+
+Requests wait in order of arrival, enter while there are slots, have their prompts computed tile by tile and then take part in every
+decode step. While anybody decodes, at most one prefill step comes between two decode steps, so that a stream's
+longest gap is one such step and not one prompt.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request: `computed` of its `prompt` tokens have K and V; it decodes once all have."""
+
+    id: str
+    prompt: int
+    computed: int
+
+    @property
+    def decoding(self) -> bool:
+        return self.computed >= self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: spans (id, start, stop) of prompts, or the ids of requests that decode. Never both."""
+
+    prefill: tuple[tuple[str, int, int], ...] = ()
+    decode: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Bounded, first come first served.
+
+    Parameters
+    ----------
+    slots : int
+        Requests that run at once.
+    tile : int
+        Tokens of a tile of prompt.
+    tiles, busy_tiles : int
+        Tiles of one prefill step, when nobody and when somebody decodes.
+    rows : int
+        Requests of one decode step; more take turns.
+    """
+
+    slots: int
+    tile: int
+    tiles: int
+    busy_tiles: int
+    rows: int
+    waiting: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
+    running: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
+    _prefilled: bool = False
+
+    def add(self, entry: Entry) -> None:
+        """Queue a request; the caller has bounded how many there are. At least its last prompt token must be uncomputed."""
+        if entry.id in self.waiting or entry.id in self.running or entry.computed >= entry.prompt or entry.computed % self.tile:
+            raise ValueError(f"{entry} cannot be queued: it must be new, end in uncomputed tokens and start at a tile")
+        self.waiting[entry.id] = entry
+
+    def remove(self, id_: str) -> None:
+        """Forget a request, whatever its state; unknown ones are ignored."""
+        self.waiting.pop(id_, None)
+        self.running.pop(id_, None)
+
+    def plan(self) -> Plan:
+        """Admit who fits, and say what to run next. Empty when there is nothing to do."""
+        while self.waiting and len(self.running) < self.slots:
+            id_, entry = self.waiting.popitem(last=False)
+            self.running[id_] = entry
+        decode = [e.id for e in self.running.values() if e.decoding]
+        prefill = [e for e in self.running.values() if not e.decoding]
+        if prefill and not (decode and self._prefilled):
+            self._prefilled = True
+            return Plan(prefill=self._spans(prefill, min(self.busy_tiles, self.tiles) if decode else self.tiles))
+        self._prefilled = False
+        for id_ in decode[: self.rows] if len(decode) > self.rows else ():
+            self.running.move_to_end(id_)
+        return Plan(decode=tuple(decode[: self.rows]))
+
+    def _spans(self, prefill: list[Entry], tiles: int) -> tuple[tuple[str, int, int], ...]:
+        spans = []
+        for entry in prefill:
+            start = entry.computed
+            while start < entry.prompt and len(spans) < tiles:
+                stop = min(start + self.tile, entry.prompt)
+                spans.append((entry.id, start, stop))
+                start = stop
+        return tuple(spans)
+
+    def computed(self, id_: str, tokens: int) -> None:
+        """All prompt tokens before `tokens` have K and V now."""
+        self.running[id_].computed = tokens
