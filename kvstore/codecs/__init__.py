@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvstore.block import EncodedBlock
 from kvstore.errors import ConfigError, LayoutMismatchError
-from kvstore.layout import KVLayout
 
-from .base import Codec, KVSample
+if TYPE_CHECKING:
+    from kvstore.block import EncodedBlock
+    from kvstore.layout import KVLayout
+
+    from .base import Codec, KVSample
 
 #: Name -> "module:Class", imported on use. Each class carries a `wire_id` that is never given to another format.
 CODECS: dict[str, str] = {
@@ -30,7 +32,14 @@ CODECS: dict[str, str] = {
     "transform": "kvstore.codecs.transform:TransformCodec",
 }
 
-_LAZY = {"Profile": "kvstore.codecs.profile", "calibrate": "kvstore.codecs.calibrate"}
+#: Imported on use, so that the table can be read without torch.
+_LAZY = {
+    "Codec": "kvstore.codecs.base",
+    "EncodedBlock": "kvstore.block",
+    "KVSample": "kvstore.codecs.base",
+    "Profile": "kvstore.codecs.profile",
+    "calibrate": "kvstore.codecs.calibrate",
+}
 
 __all__ = ["CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create", "names"]
 
