@@ -56,7 +56,7 @@ class Demand:
 class Fetch:
     """One call of `KvClient.fetch`: the state shared by its streams."""
 
-    def __init__(self, hits: Sequence[Hit], demand: Demand, config: ClientConfig, on_block: OnBlock | None) -> None:
+    def __init__(self, hits: Sequence[Hit], demand: Demand, config: ClientConfig) -> None:
         self.hits = hits
         self.demand = demand
         self.config = config
@@ -64,40 +64,38 @@ class Fetch:
         self.bytes_fetched = 0
         self.corrupt = 0
         self.expired = False
-        self._on_block = on_block
         self._arrived: dict[int, EncodedBlock] = {}
         self._limit = len(hits)  # nothing from this position on can be used
-        self._complete = asyncio.Event()
+        self._progress = asyncio.Event()
 
     def wanted(self, position: int) -> bool:
+        """Whether a block at `position` can still become part of the prefix."""
         return position < self._limit
 
     def miss(self, position: int) -> None:
         """Cut the prefix before `position`."""
         self._limit = min(self._limit, position)
-        self._advance()
+        self._progress.set()
 
     def arrived(self, position: int, block: EncodedBlock) -> None:
+        """Take a verified block; `deliver` hands it out when its turn comes."""
         self._arrived[position] = block
-        self._advance()
+        self._progress.set()
 
-    async def wait(self) -> None:
-        """Until the prefix cannot grow any more."""
-        await self._complete.wait()
-
-    def _advance(self) -> None:
-        """Deliver what has become part of the prefix."""
-        while self.wanted(at := len(self.blocks)) and (block := self._arrived.pop(at, None)) is not None:
-            parent = self.hits[at - 1].key if at else self.demand.parent_of_first
-            if block.header.parent != parent:
+    async def deliver(self, on_block: OnBlock | None) -> None:
+        """Grow the prefix as blocks arrive, until it cannot grow any more."""
+        while self.wanted(at := len(self.blocks)):
+            block = self._arrived.pop(at, None)
+            if block is None:
+                self._progress.clear()
+                await self._progress.wait()
+            elif block.header.parent != (self.hits[at - 1].key if at else self.demand.parent_of_first):
                 self.corrupt += 1
                 self._limit = at
             else:
                 self.blocks.append(block)
-                if self._on_block is not None:
-                    self._on_block(at, block)
-        if len(self.blocks) >= self._limit:
-            self._complete.set()
+                if on_block is not None:
+                    on_block(at, block)
 
     def check(self, position: int, header: BlockHeader) -> bool:
         """Whether a block with this header may be used. Raises CorruptBlockError if it is not the one that was asked for."""
@@ -106,8 +104,8 @@ class Fetch:
         if header.total_bytes > self.config.max_block_bytes:
             raise CorruptBlockError(f"a block of {header.total_bytes} bytes is above max_block_bytes = {self.config.max_block_bytes}")
         own, before = header.rows[header.present - 1].distortion, header.provenance.distortion
-        worst = max(own.keys, own.values, before.keys, before.values)
-        return not self.demand.max_distortion > 0 or worst <= self.demand.max_distortion
+        bound = self.demand.max_distortion
+        return bound <= 0 or all(error <= bound for error in (own.keys, own.values, before.keys, before.values))
 
 
 class Fetcher:
@@ -122,23 +120,22 @@ class Fetcher:
 
     async def fetch(self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None = None) -> Fetched:
         """The longest verified prefix of `hits` that arrived within `deadline_s`. Raises only what `on_block` raises."""
-        began = self._clock.now()
-        job = Fetch(hits, demand, self._config, on_block)
         if not hits:
             return Fetched([], 0)
+        began = self._clock.now()
+        job = Fetch(hits, demand, self._config)
         streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in self._plan(hits)]
-        everything = asyncio.gather(*streams)
-        finished = asyncio.create_task(job.wait())
         try:
-            done, _ = await asyncio.wait((everything, finished), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
-            job.expired = not done
-            if everything.done():
-                everything.result()  # raises what `on_block` raised
+            async with asyncio.timeout(deadline_s) as deadline:
+                await job.deliver(on_block)
+        except TimeoutError:
+            if not deadline.expired():  # one that `on_block` raised
+                raise
+            job.expired = True
         finally:
-            finished.cancel()
             for task in streams:
                 task.cancel()
-            await asyncio.gather(everything, finished, *streams, return_exceptions=True)
+            await asyncio.gather(*streams, return_exceptions=True)
         self._metrics.fetch_bytes.inc(job.bytes_fetched)
         self._metrics.fetch_seconds.observe(self._clock.now() - began)
         self._metrics.corrupt_blocks.labels("fetch").inc(job.corrupt)
@@ -170,7 +167,7 @@ class Fetcher:
                         break
                     job.arrived(position, block)
                 else:
-                    return
+                    position = len(job.hits)
         except CorruptBlockError as error:
             log.warning("block %d of a fetch from %s is a miss: %s", position, node.address, error)
             job.corrupt += 1
@@ -182,5 +179,5 @@ class Fetcher:
                 self._membership.suspect(node, "node")  # said nothing until the deadline
             raise
         finally:
+            job.miss(position)
             job.bytes_fetched += reader.bytes_read if reader else 0
-        job.miss(position)

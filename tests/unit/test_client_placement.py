@@ -1,0 +1,54 @@
+"""Placement: nodes fill alike, by share of their arena."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvstore.client.placement import Placement
+from kvstore.metadata import NodeRecord
+
+MIB = 1 << 20
+
+
+def node(name: str, arena: int, used: int = 0) -> NodeRecord:
+    return NodeRecord(name, name * 16, f"{name}:1", arena_bytes=arena, used_bytes=used)
+
+
+def placed(placement: Placement, count: int) -> list[str]:
+    return [placement.choose(MIB)[0] for _ in range(count)]
+
+
+def test_equal_nodes_take_turns():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB), node("b", 64 * MIB)])
+    assert placed(placement, 6) == ["a", "b"] * 3
+
+
+def test_a_node_of_twice_the_size_gets_twice_as_much():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB), node("b", 128 * MIB)])
+    assert Counter(placed(placement, 90)) == {"a": 30, "b": 60}
+
+
+def test_the_emptier_node_is_filled_first():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB, used=32 * MIB), node("b", 64 * MIB)])
+    assert Counter(placed(placement, 32)) == {"b": 32}
+    assert Counter(placed(placement, 10)) == {"a": 5, "b": 5}
+
+
+def test_full_nodes_still_share_the_load():
+    placement = Placement()
+    placement.update([node("a", 8 * MIB, used=8 * MIB), node("b", 8 * MIB, used=8 * MIB)])
+    assert Counter(placed(placement, 40)) == {"a": 20, "b": 20}
+
+
+def test_a_new_report_replaces_what_was_guessed():
+    placement = Placement()
+    nodes = [node("a", 64 * MIB), node("b", 64 * MIB)]
+    placement.update(nodes)
+    placed(placement, 10)
+    placement.update(nodes)  # the same report again: what was sent since still counts
+    assert placed(placement, 2) == ["a", "b"]
+    placement.update([node("a", 64 * MIB, used=20 * MIB), node("b", 64 * MIB, used=1 * MIB)])
+    assert set(placed(placement, 10)) == {"b"}
