@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import ConfigError, InvalidInputError
+from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import DIGEST_BYTES
-from kvstore.metadata import NodeRecord
 from kvstore.settings import format_size
 from services.cli.system import record
-from services.cli.system.members import members
 
-TIMEOUT_S = 30.0
-PAGE = 1000
+if TYPE_CHECKING:
+    from kvstore.client import KvClient
+
+FIELDS = ("size_bytes", "fidelity", "fidelities", "start", "tokens", "codec", "idle_seconds", "pinned")
+BY_KEY = ("pin", "unpin", "evict")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("ls", "pin", "unpin", "evict", "clear"))
+    parser.add_argument("action", choices=("ls", *BY_KEY, "clear"))
     parser.add_argument("keys", nargs="*", metavar="KEY", help="block keys, 64 hexadecimal digits, for pin, unpin and evict")
     parser.add_argument("--name", default=record.DEFAULT_NAME, help="system (%(default)s)")
     parser.add_argument("--redis", metavar="URL", help="cluster to ask instead, by its metadata")
@@ -29,83 +30,66 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if bool(args.keys) != (args.action in ("pin", "unpin", "evict")):
+    if bool(args.keys) != (args.action in BY_KEY):
         raise ConfigError("pin, unpin and evict take one or more KEYs; ls and clear take none")
     keys = [_digest(key, "key") for key in args.keys]
-    nodes = members(args.redis or record.require(args.name).redis or "")[0]
-    if args.action == "ls":
-        return _list(args, nodes)
-    results = [{"node": node.id, **_act(args, node, keys)} for node in nodes]
-    if args.json:
-        print(json.dumps(results))
-    else:
-        print("\n".join(f"{r.pop('node')}: " + ", ".join(f"{k} {v}" for k, v in r.items()) for r in results) or "no nodes")
+    namespace = _digest(args.namespace, "--namespace") if args.namespace else None
+    redis = args.redis or record.require(args.name).redis or ""
+    result = asyncio.run(_act(args, redis, keys, namespace))
+    print(json.dumps(result) if args.json else _text(args.action, result))
     return 0
 
 
-def _act(args: argparse.Namespace, node: NodeRecord, keys: list[bytes]) -> dict[str, int]:
-    """One node's outcome: blocks by status for named keys, what was freed for clear."""
-    from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
-    from protos.concertina.kvstore.v1 import kvstore_pb2_grpc as rpc
-    from services.cli.wire import channel
+async def _act(args: argparse.Namespace, redis: str, keys: list[bytes], namespace: bytes | None) -> Any:
+    """A list of blocks for ls, counts for clear, one status for each key otherwise."""
+    from kvstore.client import ClientConfig, KvClient
 
-    with channel(node.address) as opened:
-        stub = rpc.KVStoreServiceStub(opened)
+    client = KvClient(ClientConfig(redis_url=redis))
+    await client.start()
+    try:
+        if not client.available:
+            raise TransportError(f"Redis at {redis} does not answer; is the system up?")
+        if args.action == "ls":
+            return await _list(client, args.limit)
         if args.action == "clear":
-            request = pb.ClearRequest(namespace=_digest(args.namespace, "namespace") if args.namespace else b"")
-            cleared = stub.Clear(request, timeout=TIMEOUT_S)
-            return {"blocks": cleared.blocks, "freed_bytes": cleared.freed_bytes}
+            blocks, freed = await client.admin.clear(namespace)
+            return {"blocks": blocks, "freed_bytes": freed}
         if args.action == "pin":
-            statuses = stub.Pin(pb.PinRequest(keys=keys, ttl_seconds=args.ttl), timeout=TIMEOUT_S).statuses
-        elif args.action == "unpin":
-            statuses = stub.Unpin(pb.UnpinRequest(keys=keys), timeout=TIMEOUT_S).statuses
+            statuses = await client.admin.pin(keys, args.ttl)
         else:
-            statuses = stub.Evict(pb.EvictRequest(keys=keys), timeout=TIMEOUT_S).statuses
-    names = [pb.BlockStatus.Name(s).removeprefix("BLOCK_STATUS_").lower() for s in statuses]
-    return {name: names.count(name) for name in sorted(set(names))}
+            statuses = await getattr(client.admin, args.action)(keys)
+        return dict(zip((key.hex() for key in keys), statuses, strict=True))
+    finally:
+        await client.close()
 
 
-def _list(args: argparse.Namespace, nodes: list[NodeRecord]) -> int:
+async def _list(client: KvClient, limit: int) -> list[dict[str, Any]]:
+    """Resident blocks of all nodes, page by page; `limit` 0 for all."""
     listed: list[dict[str, Any]] = []
-    for node in nodes:
-        for block in _blocks(node):
-            if args.limit and len(listed) >= args.limit:
-                break
-            listed.append(block)
-    if args.json:
-        print(json.dumps(listed))
-        return 0
-    for b in listed:
-        place = f"{b['start']}–{b['start'] + b['tokens']}"
-        print(f"{b['key']}  {b['node']}  tokens {place:>11}  {format_size(b['size_bytes']):>10}  {b['fidelity']}/{b['fidelities']}"
-              + ("  pinned" if b["pinned"] else ""))  # fmt: skip
-    print(f"{len(listed)} of {sum(n.blocks for n in nodes)} blocks")
-    return 0
-
-
-def _blocks(node: NodeRecord) -> Iterator[dict[str, Any]]:
-    """The node's resident blocks, page by page."""
-    from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
-    from protos.concertina.kvstore.v1 import kvstore_pb2_grpc as rpc
-    from services.cli.wire import channel
-
-    after = b""
-    with channel(node.address) as opened:
-        stub = rpc.KVStoreServiceStub(opened)
-        while True:
-            page = stub.List(pb.ListRequest(after=after, limit=PAGE), timeout=TIMEOUT_S)
-            for b in page.blocks:
-                yield {
-                    "node": node.id,
-                    "key": b.key.hex(),
-                    "namespace": b.namespace.hex(),
-                    "parent": b.parent.hex(),
-                    **{name: getattr(b, name) for name in ("size_bytes", "fidelity", "fidelities", "start", "tokens", "codec")},
-                    **{name: getattr(b, name) for name in ("idle_seconds", "pinned")},
-                }
+    for node in client.admin.nodes():
+        after = b""
+        while not limit or len(listed) < limit:
+            page = await client.admin.list(node, after)
+            for block in page.blocks:
+                digests = {"key": block.key.hex(), "namespace": block.namespace.hex(), "parent": block.parent.hex()}
+                listed.append({"node": node.id, **digests, **{name: getattr(block, name) for name in FIELDS}})
             after = page.next
             if not after:
-                return
+                break
+    return listed[:limit] if limit else listed
+
+
+def _text(action: str, result: Any) -> str:
+    if action == "clear":
+        return f"{result['blocks']} blocks dropped, {format_size(result['freed_bytes'])} freed"
+    if action != "ls":
+        return "\n".join(f"{key}  {status.lower().replace('_', ' ')}" for key, status in result.items())
+    lines = []
+    for b in result:
+        place = f"{b['start']}–{b['start'] + b['tokens']}"
+        line = f"{b['key']}  {b['node']}  tokens {place:>11}  {format_size(b['size_bytes']):>10}  fidelity {b['fidelity']}/{b['fidelities']}"
+        lines.append(line + ("  pinned" if b["pinned"] else ""))
+    return "\n".join([*lines, f"{len(result)} blocks"])
 
 
 def _digest(text: str, what: str) -> bytes:

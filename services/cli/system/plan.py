@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help="store nodes (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker actors, one a GPU; 0 for the store alone (%(default)s)")
     parser.add_argument("--arena", default="256MiB", metavar="SIZE", help="memory for blocks of each node (%(default)s)")
-    parser.add_argument("--codec", default=Plan.codec, help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--codec", default="int8", help="codec that new blocks are written with (%(default)s)")
     parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
     parser.add_argument("--policy", default="", help="eviction policy of the nodes (default: theirs)")
     parser.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of starting one")
@@ -86,11 +86,13 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.check_redis(args.redis)
     checks.check_ratio(args.ratio)
     checks.check_codec(args.codec)
-    checks.check_engine(args.engine)
     if args.policy:
         checks.check_policy(args.policy)
     checks.check_tenants(args.tenants)
-    model = checks.local_model(args.model) if args.workers else None
+    model = None
+    if args.workers:
+        checks.check_engine(args.engine)
+        model = checks.local_model(args.model)
     return Plan(
         name=args.name,
         model=model,
