@@ -95,9 +95,10 @@ class Bench:
     """A client, its transport and metadata, and a chain that is stored on both nodes in turn."""
 
     def __init__(self, **config) -> None:
-        self.metadata = InprocMetadata()
+        clock = config.pop("clock", None)
+        self.metadata = InprocMetadata(clock)
         self.transport = LoopbackTransport(config.pop("frame_bytes", 1 << 20))
-        self.client = KvClient(ClientConfig(**config), metadata=self.metadata, transport=self.transport)
+        self.client = KvClient(ClientConfig(**config), clock=clock, metadata=self.metadata, transport=self.transport)
 
     async def __aenter__(self):
         for node in NODES:
