@@ -87,7 +87,7 @@ def _text(action: str, result: Any) -> str:
     lines = []
     for b in result:
         place = f"{b['start']}–{b['start'] + b['tokens']}"
-        line = f"{b['key']}  {b['node']}  tokens {place:>11}  {format_size(b['size_bytes']):>10}  fidelity {b['fidelity']}/{b['fidelities']}"
+        line = f"{b['key']}  {b['node']}  tokens {place:>11}  {format_size(b['size_bytes']):>10}  {b['fidelity']}/{b['fidelities']}"
         lines.append(line + ("  pinned" if b["pinned"] else ""))
     return "\n".join([*lines, f"{len(result)} blocks"])
 

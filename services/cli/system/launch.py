@@ -15,6 +15,7 @@ from kvstore.errors import ConfigError, TransportError
 from kvstore.metadata.embedded import start_valkey
 
 from . import record
+from .members import members
 from .plan import INFERENCE_PORT, REDIS_PORT, Plan
 from .processes import describe, spawn
 from .record import UP, SystemRecord
@@ -22,6 +23,7 @@ from .record import UP, SystemRecord
 NODE_TIMEOUT_S = 90.0
 #: A large model takes its time; a process that has failed is noticed at once all the same.
 WORKER_TIMEOUT_S = 1800.0
+JOIN_TIMEOUT_S = 15.0
 REMIND_S = 10.0
 TAIL_LINES = 12
 
@@ -53,7 +55,9 @@ def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None
         Name the part that failed, with the end of its log.
     """
     redis_port = _reserve(plan, system)
-    if not plan.redis:
+    if plan.redis:
+        members(plan.redis)  # an answer, or an error that says there is none
+    else:
         _start_redis(system, redis_port, say)
     system.codec = plan.codec
     system.model = plan.model.name if plan.model else None
@@ -67,6 +71,7 @@ def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None
     else:
         say(f"starting {plan.nodes} store node(s) …")
     _wait(children, say)
+    _wait_for_members(plan, system.redis)
     system.phase = UP
     system.save()
 
@@ -105,6 +110,21 @@ def _wait(children: list[_Child], say: Callable[[str], None]) -> None:
             remind += REMIND_S
             say(f"still waiting for {', '.join(c.part for c in waiting)} …")
         time.sleep(0.05)
+
+
+def _wait_for_members(plan: Plan, redis: str) -> None:
+    """Until Redis names them all: the workers find nodes, and `status` finds both, from there alone."""
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    expected = {plan.node_id(number) for number in range(plan.nodes)}
+    while True:
+        nodes, workers = members(redis)
+        missing = expected - {node.id for node in nodes}
+        if not missing and len(workers) >= plan.workers:
+            return
+        if time.monotonic() > deadline:
+            absent = ", ".join(sorted(missing)) or f"{plan.workers - len(workers)} worker(s)"
+            raise TransportError(f"{absent} did not join the cluster at {redis} within {JOIN_TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
 
 
 def _ready(child: _Child) -> bool:

@@ -48,9 +48,13 @@ class Plan:
     engine: str = "transformers"
     tenants: str | None = None
 
+    def node_id(self, number: int) -> str:
+        """Name of a node in the cluster."""
+        return f"{self.name}-node-{number}"
+
     def node_command(self, number: int, redis: str) -> list[str]:
         """Command line of one node."""
-        command = ["node", "--redis", redis, "--id", f"{self.name}-node-{number}", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+        command = ["node", "--redis", redis, "--id", self.node_id(number), "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
         command += ["--arena", str(self.arena_bytes), "--device", self.device]
         return _concertina(command + (["--policy", self.policy] if self.policy else []))
 
