@@ -1,0 +1,225 @@
+"""The model's thread: it alone touches tensors of running requests.
+
+Each turn takes what has arrived, drops who is gone or late, runs one step of the scheduler's plan, and with what time is left
+encodes blocks for the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from kvstore.clock import Clock
+from kvstore.errors import CapacityError, ConcertinaError, DeadlineError
+from kvstore.identity import block_key
+from kvstore.metrics import Metrics
+
+from .base import Delta
+from .job import Job
+from .rates import Rates
+from .runner import NextToken, PromptTile, Runner
+from .scheduler import Entry, Plan, Scheduler
+from .writer import BlockWriter, Chain
+
+#: Longest sleep without work, so that deadlines of waiting requests are noticed.
+IDLE_S = 0.05
+log = logging.getLogger(__name__)
+
+
+class Core:
+    """Runs jobs until `stop`. `submit`, `cancel` and `stop` may be called from any thread; the rest is the model thread's.
+
+    Parameters
+    ----------
+    runner : Runner
+    scheduler : Scheduler
+    writer : BlockWriter or None
+        None publishes nothing.
+    publish_generated : bool
+        Whether blocks with generated tokens are published. Their K and V come from other kernels than a prompt's and differ in
+        the last bits, so a lossless codec must not have them: what it returns stands in for a prompt's own.
+    eos : frozenset of int
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, writer: BlockWriter | None, publish_generated: bool, eos: frozenset[int],
+        rates: Rates, metrics: Metrics, clock: Clock,
+    ) -> None:  # fmt: skip
+        self._runner, self._scheduler, self._writer = runner, scheduler, writer
+        self._publish_generated, self._eos, self._rates = publish_generated, eos, rates
+        self._metrics, self._clock = metrics, clock
+        self._jobs: dict[str, Job] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping: float | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its sink hears from it until it ends. After `stop` it hears a CapacityError."""
+        self._command(lambda: self._add(job))
+
+    def cancel(self, id_: str) -> None:
+        """Drop a job at the next step and free what it held; unknown ones are ignored."""
+        self._command(lambda: self._forget(id_))
+
+    def stop(self, flush_s: float) -> None:
+        """End running jobs as cancelled, encode what waits for at most `flush_s`, and wait for the thread."""
+        self._command(lambda: setattr(self, "_stopping", self._clock.now() + flush_s))
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _command(self, call: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(call)
+            self._wake.notify()
+            if self._ended:
+                self._take_commands()
+
+    # -------------------------------------------------------------------------------------------------- the model's thread
+
+    def _run(self) -> None:
+        while self._stopping is None:
+            self._take_commands()
+            self._drop_late()
+            plan = self._scheduler.plan()
+            if plan.prefill or plan.decode:
+                self._step(plan)
+            if self._writer and len(self._writer) and not plan.prefill and (not plan.decode or self._writer.due()):
+                self._writer.work(busy=bool(plan.decode))
+            elif not plan.prefill and not plan.decode:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._commands, IDLE_S)
+        with self._wake:
+            self._ended = True
+            self._take_commands()
+        for job in list(self._jobs.values()):
+            self._end(job, "", [], "cancelled")
+        while self._writer and len(self._writer) and self._clock.now() < self._stopping:
+            self._writer.work(busy=False)
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _add(self, job: Job) -> None:
+        if self._ended:
+            job.sink(CapacityError("the engine is stopping; send the request to another worker"))
+            return
+        self._jobs[job.id] = job
+        self._scheduler.add(Entry(job.id, len(job.spec.tokens), job.prefix.tokens))
+
+    def _forget(self, id_: str) -> None:
+        self._jobs.pop(id_, None)
+        self._scheduler.remove(id_)
+        self._note_memory()
+
+    def _drop_late(self) -> None:
+        now = self._clock.now()
+        for job in [j for j in self._jobs.values() if j.spec.deadline is not None and now >= j.spec.deadline]:
+            self._fail(job, DeadlineError(f"the deadline passed after {len(job.output)} tokens of the answer"))
+
+    def _step(self, plan: Plan) -> None:
+        """One forward. What goes wrong in it ends the requests in it, and no others."""
+        try:
+            if plan.prefill:
+                self._prefill(plan)
+            else:
+                self._decode(plan)
+        except Exception as error:
+            log.exception("a step failed")
+            if not isinstance(error, ConcertinaError):
+                error = ConcertinaError(f"the model failed in a step: {type(error).__name__}; the request can be sent again")
+            for id_ in dict.fromkeys([span[0] for span in plan.prefill] + list(plan.decode)):
+                if id_ in self._jobs:
+                    self._fail(self._jobs[id_], error)
+        self._note_memory()
+
+    def _prefill(self, plan: Plan) -> None:
+        began = self._clock.now()
+        tiles, finished = [], []
+        for id_, start, stop in plan.prefill:
+            job = self._jobs[id_]
+            job.began = began if job.began is None else job.began
+            whole = stop == len(job.spec.tokens)
+            tiles.append(PromptTile(job.kv, start, job.spec.tokens[start:stop], logits=whole))
+            if whole:
+                finished.append(job)
+        logits = self._runner.prefill(tiles)
+        for id_, _, stop in plan.prefill:
+            self._scheduler.computed(id_, stop)
+        for row, job in enumerate(finished):
+            self._publish(job, len(job.spec.tokens))
+            self._next_token(job, logits[row])
+        self._rates.prefilled(len(tiles) * self._runner.tile, self._clock.now() - began)
+
+    def _decode(self, plan: Plan) -> None:
+        jobs = [self._jobs[id_] for id_ in plan.decode]
+        self._metrics.batch_size.observe(len(jobs))
+        logits = self._runner.decode([NextToken(job.kv, job.output[-1], job.position) for job in jobs])
+        for row, job in enumerate(jobs):
+            self._next_token(job, logits[row])
+
+    def _next_token(self, job: Job, logits) -> None:
+        """Choose, tell, and end the job or make room for its next token."""
+        token = job.sampler.choose(logits, len(job.output))
+        job.output.append(token)
+        now = self._clock.now()
+        if job.last_token is None:
+            job.first_token = now
+            self._metrics.ttft_seconds.observe(now - job.arrived)
+        else:
+            self._metrics.inter_token_seconds.observe(now - job.last_token)
+        job.last_token = now
+        if token in self._eos and not job.spec.sampling.ignore_eos:
+            self._end(job, job.text.finish(), [token], "stop")
+            return
+        text = job.text.push(token)
+        if job.text.stopped:
+            self._end(job, text, [token], "stop")
+        elif len(job.output) >= job.max_new_tokens:
+            self._end(job, text + job.text.finish(), [token], "stop" if job.text.stopped else "length")
+        else:
+            job.sink(Delta(text, [token]))
+            self._press(job)
+
+    def _press(self, job: Job) -> None:
+        if job.press is not None and job.kv.length >= job.press.budget:
+            # Room for a sixteenth of the budget, so that keeping is paid once in so many tokens.
+            job.kv.keep(job.press.keep(job.kv.length, max(1, job.press.budget // 16)))
+            job.pressed = True
+
+    def _end(self, job: Job, text: str, tokens: list[int], reason: str) -> None:
+        if self._publish_generated and not job.pressed:
+            self._publish(job, job.kv.length)
+        now = self._clock.now()
+        job.sink(job.last_delta(text, tokens, reason, now))
+        self._forget(job.id)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.sink(error)
+        self._forget(job.id)
+
+    def _publish(self, job: Job, length: int) -> None:
+        """Offer the whole blocks up to `length` that the store did not give and that were not offered yet."""
+        size = self._runner.tile
+        first, last = job.published // size, length // size
+        if self._writer is None or not job.prefix.namespace or last <= first:
+            return
+        tokens = (*job.spec.tokens, *job.output)[first * size : last * size]
+        keys = [job.parent]
+        for at in range(0, len(tokens), size):
+            known = first + at // size
+            in_prompt = known < len(job.prefix.keys)
+            keys.append(job.prefix.keys[known] if in_prompt else block_key(job.prefix.namespace, keys[-1], tokens[at : at + size]))
+        job.published, job.parent = last * size, keys[-1]
+        prefix = job.prefix
+        self._writer.offer(Chain(job.kv, first * size, tokens, keys, prefix.namespace, prefix.provenance, len(job.spec.tokens)))
+
+    def _note_memory(self) -> None:
+        self._metrics.live_kv_bytes.set(sum(job.kv.size_bytes for job in self._jobs.values()))

@@ -1,0 +1,87 @@
+"""One request on its way through the engine, as the model's thread sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvstore.block import Provenance
+from kvstore.identity import NO_PARENT
+
+from .base import CacheReport, Delta, GenerateSpec, Timing
+from .live import LiveKV
+from .presses.base import Press
+from .sampler import Sampler
+from .textstream import TextStream
+
+#: Takes deltas, and at most one error, which ends them. Called from the model's thread.
+Sink = Callable[[Delta | Exception], None]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """What of a prompt is already in `kv`: `tokens` of them, a multiple of the block, and how good that is.
+
+    `namespace` and `keys` (of all the prompt's full blocks) name what is published; without a namespace nothing is.
+    """
+
+    kv: LiveKV
+    tokens: int = 0
+    namespace: bytes = b""
+    keys: list[bytes] = field(default_factory=list)
+    provenance: Provenance = Provenance()
+    report: CacheReport = field(default_factory=CacheReport)
+    lookup_s: float = 0.0
+    fetch_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Job:
+    """A request with its cache, its choices and its text. Times are the clock's seconds."""
+
+    id: str
+    spec: GenerateSpec
+    prefix: Prefix
+    sampler: Sampler
+    text: TextStream
+    sink: Sink
+    arrived: float
+    press: Press | None = None
+    max_new_tokens: int = 1
+    output: list[int] = field(default_factory=list)
+    #: Tokens whose blocks have been handed to the writer, or came from the store.
+    published: int = 0
+    #: Key of the last of those blocks.
+    parent: bytes = NO_PARENT
+    began: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    #: Whether a press has dropped tokens, so that the cache holds no whole blocks any more.
+    pressed: bool = False
+
+    @property
+    def kv(self) -> LiveKV:
+        return self.prefix.kv
+
+    @property
+    def position(self) -> int:
+        """Position in the sequence of the last token of the answer."""
+        return len(self.spec.tokens) + len(self.output) - 1
+
+    def timing(self, now: float) -> Timing:
+        """Milliseconds so far."""
+        began = self.began if self.began is not None else now
+        first = self.first_token if self.first_token is not None else now
+        store_s = self.prefix.lookup_s + self.prefix.fetch_s
+        return Timing(
+            queue_ms=1e3 * max(0.0, began - self.arrived - store_s),
+            lookup_ms=1e3 * self.prefix.lookup_s,
+            fetch_ms=1e3 * self.prefix.fetch_s,
+            prefill_ms=1e3 * (first - began),
+            ttft_ms=1e3 * (first - self.arrived),
+            total_ms=1e3 * (now - self.arrived),
+        )
+
+    def last_delta(self, text: str, tokens: list[int], reason: str, now: float) -> Delta:
+        """The delta that ends the answer, with all reports."""
+        return Delta(text, tokens, reason, len(self.spec.tokens), len(self.output), self.prefix.report, self.timing(now))

@@ -1,0 +1,160 @@
+"""Get a prompt's cached prefix into a live cache, in bounded time; whatever goes wrong is a miss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import torch
+
+from kvstore.block import Distortion, EncodedBlock, Provenance
+from kvstore.client import KvClient
+from kvstore.clock import Clock
+from kvstore.codecs import Codec, codec_for_wire_id
+from kvstore.errors import ConcertinaError
+from kvstore.identity import NamespaceFields, block_keys, namespace
+from kvstore.layout import KVLayout, dtype_name
+from kvstore.metrics import Metrics
+
+from .base import CacheMode, GenerateSpec
+from .job import Prefix
+from .live import LiveKV
+from .rates import Rates
+
+#: Blocks decoded in one call: large enough to keep the cores busy, small enough to stop at a deadline.
+DECODE_BLOCKS = 8
+log = logging.getLogger(__name__)
+
+
+class StoreReader:
+    """Looks up, fetches and decodes, from the event loop, before a request takes a batch slot.
+
+    Parameters
+    ----------
+    client : KvClient
+    codec : Codec
+        The engine's own; blocks of other codecs that need no profile are read as well.
+    fingerprint : str
+        Of the model.
+    block_tokens : int
+    workers : Executor
+        Where decoding runs.
+    """
+
+    def __init__(
+        self, client: KvClient, codec: Codec, fingerprint: str, block_tokens: int, workers: Executor, rates: Rates, metrics: Metrics,
+        clock: Clock,
+    ) -> None:  # fmt: skip
+        self._client, self._codec, self._fingerprint, self._block_tokens = client, codec, fingerprint, block_tokens
+        self._workers, self._rates, self._metrics, self._clock = workers, rates, metrics, clock
+        self._codecs: dict[int, Codec] = {codec.wire_id: codec}
+
+    def namespace(self, tenant: str) -> bytes:
+        """The namespace of one tenant's blocks of this model."""
+        lay = self._codec.layout
+        return namespace(
+            NamespaceFields(
+                model=self._fingerprint, dtype=dtype_name(lay.dtype), layers=lay.layers, kv_heads=lay.kv_heads, head_dim=lay.head_dim,
+                rope=lay.rope.canonical(), block_tokens=self._block_tokens, tenant=tenant,
+            )
+        )  # fmt: skip
+
+    async def read(self, spec: GenerateSpec, kv: LiveKV) -> Prefix:
+        """Fill `kv` with the longest cached prefix that leaves at least the last prompt token to compute."""
+        if spec.cache_mode is CacheMode.BYPASS:
+            return Prefix(kv)
+        name = self.namespace(spec.tenant)
+        keys = block_keys(name, spec.tokens, self._block_tokens)
+        prefix = Prefix(kv, namespace=name if spec.cache_mode is CacheMode.USE else b"", keys=keys)
+        usable = (len(spec.tokens) - 1) // self._block_tokens
+        if usable and self._rates.worth_fetching():
+            budget_s = spec.store_deadline_s if spec.store_deadline_s is not None else self._rates.store_budget_s(len(spec.tokens))
+            await self._read_within(spec, prefix, keys[:usable], name, budget_s)
+        self._metrics.lookup_tokens.labels(result="hit").inc(prefix.tokens)
+        self._metrics.lookup_tokens.labels(result="miss").inc(len(spec.tokens) - prefix.tokens)
+        return prefix
+
+    async def _read_within(self, spec: GenerateSpec, prefix: Prefix, keys: Sequence[bytes], name: bytes, budget_s: float) -> None:
+        began = self._clock.now()
+        looked = None
+        try:
+            hits = await self._client.lookup(keys, deadline_s=budget_s)
+            looked = self._clock.now()
+            if hits:
+                fetched = await self._client.fetch(
+                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=max(0.0, budget_s - (looked - began)),
+                    input_tokens=len(spec.tokens),
+                )  # fmt: skip
+                prefix.report.bytes_fetched = fetched.bytes_fetched
+                await self._decode(spec, prefix, fetched.blocks, began + budget_s)
+        except (ConcertinaError, TimeoutError, OSError) as error:
+            log.info("request %s goes on without the store: %s", spec.request_id, error)
+            self._metrics.store_unavailable.labels(part="engine").inc()
+        now = self._clock.now()
+        prefix.lookup_s = (looked if looked is not None else now) - began
+        if prefix.report.bytes_fetched:
+            prefix.fetch_s = now - began - prefix.lookup_s
+            self._rates.fetched(prefix.tokens, prefix.fetch_s)
+
+    async def _decode(self, spec: GenerateSpec, prefix: Prefix, blocks: list[EncodedBlock], until: float) -> None:
+        """Decode leading blocks into place until one cannot be read or the time is over; what is in place counts."""
+        size = self._block_tokens
+        readable = []
+        for i, block in enumerate(blocks):
+            if block.header.start != i * size or block.header.tokens != size or self._codec_of(block) is None:
+                break
+            readable.append(block)
+        for first in range(0, len(readable), DECODE_BLOCKS):
+            if self._clock.now() >= until:
+                return
+            batch = readable[first : first + DECODE_BLOCKS]
+            ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, ids)
+            self._account(prefix, batch)
+
+    @torch.inference_mode()
+    def _decode_batch(self, kv: LiveKV, first: int, batch: list[EncodedBlock], ids: list[Sequence[int]]) -> None:
+        began = self._clock.now()
+        kv.reserve((first + len(batch)) * self._block_tokens)
+        k, v = kv.blocks(first * self._block_tokens, len(batch))
+        at = 0
+        while at < len(batch):
+            codec = self._codec_of(batch[at])
+            stop = next((i for i in range(at, len(batch)) if batch[i].header.codec != batch[at].header.codec), len(batch))
+            codec.decode(batch[at:stop], tokens=ids[at:stop], out=(k[at:stop], v[at:stop]))
+            at = stop
+        kv.length = (first + len(batch)) * self._block_tokens
+        self._metrics.decode_seconds.labels(codec=self._codec.name).observe(self._clock.now() - began)
+
+    def _account(self, prefix: Prefix, batch: list[EncodedBlock]) -> None:
+        """Count blocks that are in place, and what computing on top of them is worth."""
+        report = prefix.report
+        for block in batch:
+            own, before = block.distortion[block.header.present], block.header.provenance
+            worst = Distortion(
+                max(own.keys, before.distortion.keys, prefix.provenance.distortion.keys),
+                max(own.values, before.distortion.values, prefix.provenance.distortion.values),
+            )
+            levels = [f for f in (block.header.present, before.fidelity, prefix.provenance.fidelity) if f]
+            prefix.provenance = Provenance(min(levels), worst) if worst.keys or worst.values else Provenance()
+            report.fidelity = min(report.fidelity or block.header.present, block.header.present)
+            report.distortion = max(worst.keys, worst.values)
+        prefix.tokens += len(batch) * self._block_tokens
+        report.cached_tokens, report.blocks_hit = prefix.tokens, prefix.tokens // self._block_tokens
+
+    def _codec_of(self, block: EncodedBlock) -> Codec | None:
+        """Who can read `block`: None for a codec of another version, or one with a profile that is not ours."""
+        number = block.header.codec
+        if number not in self._codecs:
+            try:
+                cls = codec_for_wire_id(number)
+                self._codecs[number] = cls(self._codec.layout)
+            except (ConcertinaError, ImportError) as error:
+                log.info("blocks of codec number %d cannot be read here: %s", number, error)
+                return None
+        codec = self._codecs[number]
+        return codec if codec.profile_digest == block.header.profile else None
+

@@ -1,0 +1,248 @@
+"""The engine `transformers`: continuous batching around any causal language model that transformers loads.
+
+The event loop reads from the store and hands jobs to the model's thread (`services.engine.core`); deltas come back
+through one `Stream` a request. Everything between the two is bounded: jobs by `max_batch + max_queue`, deltas by the answer's length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstore.client import ClientConfig, KvClient
+from kvstore.clock import Clock, SystemClock
+from kvstore.codecs import Codec, create
+from kvstore.errors import CapacityError, DeadlineError, InvalidInputError
+from kvstore.identity import NO_PARENT
+from kvstore.metrics import Metrics
+from services.model import fingerprint
+
+from .base import Delta, Engine, GenerateSpec, ModelInfo
+from .config import EngineConfig
+from .core import Core
+from .job import Job, Prefix
+from .loading import Loaded, load
+from .presses import PRESSES, create_press
+from .rates import Rates
+from .reader import StoreReader
+from .runner import Runner
+from .sampler import Sampler
+from .scheduler import Scheduler
+from .shapes import find_shapes
+from .textstream import TextStream
+from .writer import BlockWriter
+
+#: Prompts whose blocks are fetched at a time beyond those that run; bounds the memory of fetched prefixes that wait for a slot.
+FETCH_AHEAD = 2
+#: Longest answer that room is made for at once; longer ones grow.
+ROOM_TOKENS = 512
+#: Time that `stop` gives to encoding and to publishing, each.
+FLUSH_S = 5.0
+log = logging.getLogger(__name__)
+
+
+class TransformersEngine(Engine):
+    """See the module.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    store : ClientConfig, KvClient or None
+        Where blocks come from and go to; None runs without a store. A client that is given is started and closed here, too.
+    metrics : Metrics, optional
+    clock : Clock, optional
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self, config: EngineConfig, store: ClientConfig | KvClient | None = None, metrics: Metrics | None = None, clock: Clock | None = None
+    ) -> None:
+        self.config = config
+        self.metrics = metrics or Metrics()
+        self._store, self._clock = store, clock or SystemClock()
+        self._client: KvClient | None = None
+        self._reader: StoreReader | None = None
+        self._ids = itertools.count()
+        self._active = 0
+        self._stopped = False
+
+    async def start(self) -> None:
+        config = self.config
+        codec_name = config.codec
+        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self._loaded, self._runner, rate = await asyncio.to_thread(self._prepare)
+        layout = self._loaded.layout
+        codec = create(codec_name, layout, config.profile, **config.codec_options)
+        self._rates = Rates(rate, config.store_floor_s, config.store_ceiling_s)
+        path = Path(config.model)
+        digest = fingerprint(path)
+        self.info = ModelInfo(
+            model=config.name or path.name, fingerprint=digest, context_window=self._loaded.context_window,
+            vocab_size=self._loaded.vocab_size, layout=layout, block_tokens=config.block_tokens, codec=codec_name,
+            presses=tuple(PRESSES), engine=self.name,
+        )  # fmt: skip
+        if self._store is not None:
+            self._client = self._store if not isinstance(self._store, ClientConfig) else KvClient(self._store, self.metrics, self._clock)
+            await self._client.start()
+            self._reader = StoreReader(
+                self._client, codec, digest, config.block_tokens, self._workers, self._rates, self.metrics, self._clock
+            )
+        self._fetching = asyncio.Semaphore(config.max_batch + FETCH_AHEAD)
+        self._core = self._build_core(codec)
+        self._core.start()
+
+    def _prepare(self) -> tuple[Loaded, Runner, float]:
+        """Load and warm up, outside the event loop."""
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        loaded = load(config)
+        runner = Runner(loaded.model, loaded.layout, config.block_tokens, config.device)
+        tiles = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
+        runner.shapes, rate = find_shapes(runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
+        return loaded, runner, rate
+
+    def _build_core(self, codec: Codec) -> Core:
+        config, shapes, loop = self.config, self._runner.shapes, asyncio.get_running_loop()
+        writer = None
+        if self._client is not None:
+            client = self._client
+
+            def deliver(blocks, input_tokens: int) -> None:
+                loop.call_soon_threadsafe(partial(client.publish, blocks, input_tokens=input_tokens))
+
+            writer = BlockWriter(codec, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
+        scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
+        return Core(
+            self._runner, scheduler, writer, codec.name != "raw", self._loaded.eos, self._rates, self.metrics, self._clock
+        )
+
+    async def stop(self) -> None:
+        if self._stopped or not hasattr(self, "_core"):
+            return
+        self._stopped = True
+        await asyncio.to_thread(self._core.stop, FLUSH_S)
+        await asyncio.sleep(0)  # the last blocks' call_soon_threadsafe come before the flush
+        if self._client is not None:
+            await self._client.close(FLUSH_S)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._loaded.tokenizer.encode(text, add_special_tokens=False)
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer: Any = self._loaded.tokenizer
+        if not tokenizer.chat_template:
+            raise InvalidInputError(f"{self.info.model} has no chat template; send the prompt as text or tokens")
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except (ValueError, TypeError, KeyError, *_template_errors()) as error:
+            raise InvalidInputError(f"the model's chat template refuses this conversation: {error}") from error
+
+    async def generate(self, spec: GenerateSpec) -> AsyncIterator[Delta]:
+        arrived = self._clock.now()
+        self._check(spec)
+        press = create_press(spec.press, spec.kv_tokens)
+        limit = self.config.max_batch + self.config.max_queue
+        if self._active >= limit:
+            raise CapacityError(f"{limit} requests are running or waiting already; try again later")
+        if self._stopped:
+            raise CapacityError("the engine is stopping; send the request to another worker")
+        self._active += 1
+        id_ = f"{next(self._ids)}"
+        try:
+            async with _until(spec, self._clock):
+                await self._fetching.acquire()
+            try:
+                async with _until(spec, self._clock):
+                    prefix = await self._prefix(spec)
+                stream = Stream(asyncio.get_running_loop())
+                self._core.submit(self._job(id_, spec, prefix, stream, press, arrived))
+                reason = ""
+                while not reason:
+                    async with _until(spec, self._clock):
+                        delta = await stream.next()
+                    reason = delta.finish_reason
+                    yield delta
+            finally:
+                self._fetching.release()
+        finally:
+            self._active -= 1
+            self._core.cancel(id_)
+
+    async def _prefix(self, spec: GenerateSpec) -> Prefix:
+        limit = min(len(spec.tokens) + spec.sampling.max_new_tokens, self.info.context_window)
+        kv = self._runner.new_kv(min(limit, len(spec.tokens) + ROOM_TOKENS), limit)
+        return await self._reader.read(spec, kv) if self._reader else Prefix(kv)
+
+    def _job(self, id_: str, spec: GenerateSpec, prefix: Prefix, stream: Stream, press: Any, arrived: float) -> Job:
+        seed = spec.sampling.seed
+        text = TextStream(self._loaded.tokenizer, spec.sampling.stop)
+        cached = prefix.tokens // self.config.block_tokens
+        return Job(
+            id=id_, spec=spec, prefix=prefix, text=text, sink=stream.push, arrived=arrived, press=press,
+            sampler=Sampler(spec.sampling, self._clock.rng.getrandbits(64) if seed is None else seed),
+            max_new_tokens=min(spec.sampling.max_new_tokens, self.info.context_window - len(spec.tokens)),
+            published=prefix.tokens, parent=prefix.keys[cached - 1] if cached else NO_PARENT,
+        )  # fmt: skip
+
+    def _check(self, spec: GenerateSpec) -> None:
+        """What would break the model; the wire's checks are the caller's."""
+        window, vocabulary = self.info.context_window, self.info.vocab_size
+        if not spec.tokens:
+            raise InvalidInputError("the prompt is empty; give at least one token")
+        if len(spec.tokens) >= window:
+            raise InvalidInputError(f"the prompt has {len(spec.tokens)} tokens; with room for an answer at most {window - 1} fit")
+        if min(spec.tokens) < 0 or max(spec.tokens) >= vocabulary:
+            raise InvalidInputError(f"the prompt has tokens outside the vocabulary; ids go from 0 to {vocabulary - 1}")
+        if spec.sampling.max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens must be at least 1, not {spec.sampling.max_new_tokens}")
+
+
+class Stream:
+    """Deltas of one request from the model's thread to the event loop; at most one a token of the answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+    def push(self, item: Delta | Exception) -> None:
+        """From any thread. What comes after the loop has closed is nobody's any more."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def next(self) -> Delta:
+        """The next delta; raises the error that came instead."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+@contextlib.asynccontextmanager
+async def _until(spec: GenerateSpec, clock: Clock) -> AsyncIterator[None]:
+    """Raise DeadlineError when what is inside is not done by the request's deadline. Never held over a yield to the caller."""
+    left = None if spec.deadline is None else max(0.0, spec.deadline - clock.now())
+    try:
+        async with asyncio.timeout(left) as timeout:
+            yield
+    except TimeoutError as late:
+        if not timeout.expired():
+            raise
+        raise DeadlineError("the request's deadline passed before its answer was whole") from late
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    from jinja2.exceptions import TemplateError  # comes with transformers' chat templates only
+
+    return (TemplateError,)

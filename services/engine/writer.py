@@ -1,0 +1,110 @@
+"""Encode blocks of live caches for the store, off the critical path.
+
+The model's thread offers finished blocks and calls `work` between its steps, so encoding never runs beside the model and slows it
+(on few cores two thread pools at once cost far more than their sum); `due` bounds the share of time that it takes from running
+requests. Nothing is copied: a block's K and V are never written again, and the views keep their memory alive.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvstore.block import EncodedBlock, Provenance
+from kvstore.clock import Clock
+from kvstore.codecs import Codec
+from kvstore.errors import ConcertinaError
+from kvstore.metrics import Metrics
+
+from .live import LiveKV
+
+#: Blocks encoded in one go when nobody waits for the model, and while requests run.
+IDLE_BLOCKS, BUSY_BLOCKS = 4, 1
+log = logging.getLogger(__name__)
+
+#: Takes encoded blocks and the length of the prompt they belong to.
+Deliver = Callable[[Sequence[EncodedBlock], int], None]
+
+
+@dataclass(slots=True)
+class Chain:
+    """Consecutive blocks of one request: K and V [B, L, H, T, D], the first at position `start`.
+
+    `keys` has one key a block, after that of the block before the first.
+    """
+
+    kv: LiveKV
+    start: int
+    tokens: Sequence[int]
+    keys: Sequence[bytes]
+    namespace: bytes
+    provenance: Provenance
+    input_tokens: int
+
+
+class BlockWriter:
+    """A bounded queue of blocks to encode. One thread calls everything.
+
+    Parameters
+    ----------
+    codec : Codec
+    deliver : callable
+        Gets the encoded blocks in order; must not block.
+    limit : int
+        Blocks that may wait; what is beyond is dropped.
+    share : float
+        Most of the time that `due` gives to encoding.
+    """
+
+    def __init__(self, codec: Codec, deliver: Deliver, limit: int, share: float, metrics: Metrics, clock: Clock) -> None:
+        self._codec, self._deliver, self._limit, self._share = codec, deliver, limit, share
+        self._metrics, self._clock = metrics, clock
+        self._queue: deque[tuple[Chain, tuple, int]] = deque()
+        self._not_before = 0.0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def offer(self, chain: Chain) -> None:
+        """Queue the blocks of `chain`, the leading ones that there is room for."""
+        count = len(chain.keys) - 1
+        taken = max(0, min(count, self._limit - len(self._queue)))
+        if taken < count:
+            self._metrics.publish_dropped.labels(reason="encode_full").inc(count - taken)
+        views = chain.kv.blocks(chain.start, count)
+        self._queue.extend((chain, views, i) for i in range(taken))
+
+    def due(self) -> bool:
+        """Whether encoding may take time from running requests now."""
+        return bool(self._queue) and self._clock.now() >= self._not_before
+
+    def work(self, busy: bool) -> None:
+        """Encode a few blocks and deliver them."""
+        chain, views, first = self._queue[0]
+        count = 0
+        while count < (BUSY_BLOCKS if busy else IDLE_BLOCKS) and self._queue and self._queue[0][0] is chain:
+            self._queue.popleft()
+            count += 1
+        began = self._clock.now()
+        try:
+            blocks = self._encode(chain, views, first, count)
+        except ConcertinaError as error:
+            # Such as NaN in the cache: the request has its answer, the store simply does not get the block.
+            log.warning("%d blocks could not be encoded: %s", count, error)
+            self._metrics.publish_dropped.labels(reason="encode_failed").inc(count)
+            return
+        seconds = self._clock.now() - began
+        self._not_before = began + seconds / self._share
+        self._metrics.encode_seconds.labels(codec=self._codec.name).observe(seconds)
+        self._deliver(blocks, chain.input_tokens)
+
+    def _encode(self, chain: Chain, views: tuple, first: int, count: int) -> list[EncodedBlock]:
+        size = chain.kv.block_tokens
+        span = slice(first, first + count)
+        starts = [chain.start + (first + i) * size for i in range(count)]
+        tokens = [chain.tokens[(first + i) * size : (first + i + 1) * size] for i in range(count)]
+        encoded = self._codec.encode(views[0][span], views[1][span], start=starts, tokens=tokens)
+        named = zip(encoded, chain.keys[first : first + count], chain.keys[first + 1 : first + count + 1], strict=True)
+        return [block.with_identity(key, chain.namespace, parent, chain.provenance) for block, parent, key in named]
