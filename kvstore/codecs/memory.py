@@ -19,9 +19,17 @@ class _Lent:
 def tensor_from_buffer(buffer: Buffer, device: torch.device | str = "cpu") -> torch.Tensor:
     """`buffer` as a uint8 tensor [bytes] on `device`; on the CPU it references the buffer and must not be written.
 
-    Its storage is aligned for any dtype that a format may view it as: a view at an odd place of a larger blob is copied.
+    A payload may lie at any address, so parts of it are viewed as wider types only through `wide`.
     """
-    data = np.frombuffer(buffer, dtype=np.uint8)
-    if data.ctypes.data % 8:
-        data = data.copy()
-    return torch.from_numpy(np.asarray(_Lent(data))).to(device)
+    return torch.from_numpy(np.asarray(_Lent(np.frombuffer(buffer, dtype=np.uint8)))).to(device)
+
+
+def wide(part: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A copy of the uint8 tensor `part`, aligned, as `dtype` in `shape`."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype).view(shape)
+
+
+def bytes_of(*parts: torch.Tensor) -> bytes:
+    """Tensors [L, …] as bytes: for each first index, that index of every part in turn. So each model layer lies together."""
+    rows = [p.contiguous().view(torch.uint8).view(p.shape[0], -1) for p in parts]
+    return torch.cat(rows, 1).cpu().numpy().tobytes()

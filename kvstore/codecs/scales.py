@@ -12,7 +12,24 @@ def groups_of(head_dim: int) -> int:
     return head_dim // GROUP_CHANNELS if head_dim % GROUP_CHANNELS == 0 else 1
 
 
-def bfloat16_up(x: torch.Tensor) -> torch.Tensor:
-    """The smallest bfloat16 not below the finite, non-negative float32 `x` (the largest finite one at most)."""
-    bits = x.contiguous().view(torch.int32) + 0xFFFF
-    return (bits & ~0xFFFF).view(torch.float32).clamp_max(torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of a stored scale for values of `dtype`: 16 bits, with the range of `dtype`."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def round_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The smallest value of the 16-bit `dtype` that is not below the finite, non-negative float32 `x`.
+
+    The next float up is the next integer up of its bits. `x` must lie below the largest finite value of `dtype`.
+    """
+    near = x.to(dtype)
+    return (near.view(torch.int16) + (near.float() < x)).to(torch.int16).view(dtype)
+
+
+def largest_scale(dtype: torch.dtype, top: float) -> float:
+    """The largest scale by which the code `top` still decodes to a finite value of `dtype`."""
+    largest = torch.finfo(dtype).max
+    near = torch.tensor(largest / top).to(scale_dtype(dtype))
+    if float(near) * top > largest:
+        near = (near.view(torch.int16) - 1).to(torch.int16).view(near.dtype)
+    return float(near)
