@@ -26,10 +26,12 @@ def tensor_from_buffer(buffer: Buffer, device: torch.device | str = "cpu") -> to
 
 def wide(part: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """A copy of the uint8 tensor `part`, aligned, as `dtype` in `shape`."""
-    return part.clone(memory_format=torch.contiguous_format).view(dtype).view(shape)
+    flat = torch.empty(part.numel(), dtype=torch.uint8, device=part.device)
+    flat.view(part.shape).copy_(part)
+    return flat.view(dtype).view(shape)
 
 
 def bytes_of(*parts: torch.Tensor) -> bytes:
     """Tensors [L, …] as bytes: for each first index, that index of every part in turn. So each model layer lies together."""
-    rows = [p.contiguous().view(torch.uint8).view(p.shape[0], -1) for p in parts]
+    rows = [p.contiguous().flatten().view(torch.uint8).view(p.shape[0], p[0].numel() * p.itemsize) for p in parts]
     return torch.cat(rows, 1).cpu().numpy().tobytes()

@@ -52,7 +52,7 @@ class ScaledByteCodec(Codec):
         ratio = x.float() / torch.where(scale > 0, scale, 1).float()
         codes = self._to_codes(ratio.clamp(-self.top, self.top))
         decoded = torch.empty_like(x, memory_format=torch.contiguous_format)
-        torch.mul(self._from_codes(codes.view(torch.uint8), dtype), scale, out=decoded)
+        torch.mul(self._from_codes(codes.view(torch.uint8), dtype), scale.to(dtype), out=decoded)
         return scale, codes, relative_error(x[None], decoded[None])[0]
 
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
@@ -66,6 +66,7 @@ class ScaledByteCodec(Codec):
             scales = wide(scale_bytes, scale_dtype(lay.dtype), lay.layers, 2, *shape[1:4], 1)
             if not is_finite(scales):
                 raise CorruptBlockError(f"a scale of this {self.name!r} block is not finite")
+            scales = scales.to(lay.dtype)
             for i, (out_LHTD, part) in enumerate(zip(outs_LHTD, codes.split(rows * lay.head_dim, 1), strict=True)):
                 torch.mul(self._from_codes(part.view(shape), lay.dtype), scales[:, i], out=out_LHTD.unflatten(-1, shape[3:]))
 

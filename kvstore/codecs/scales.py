@@ -12,6 +12,15 @@ def groups_of(head_dim: int) -> int:
     return head_dim // GROUP_CHANNELS if head_dim % GROUP_CHANNELS == 0 else 1
 
 
+def round_down(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The largest value of the 16-bit `dtype` that is not above the float32 `x`; never infinite."""
+    near = x.to(dtype)
+    bits = near.view(torch.int16)
+    below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, -0x7FFF)).to(torch.int16).view(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(near.float() > x, below, near).clamp(-largest, largest)
+
+
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of a stored scale for values of `dtype`: 16 bits, with the range of `dtype`."""
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -20,7 +29,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 def round_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The smallest value of the 16-bit `dtype` that is not below the finite, non-negative float32 `x`.
 
-    The next float up is the next integer up of its bits. `x` must lie below the largest finite value of `dtype`.
+    The next float up is the next integer up of its bits. Infinite when `x` lies above the largest finite value.
     """
     near = x.to(dtype)
     return (near.view(torch.int16) + (near.float() < x)).to(torch.int16).view(dtype)

@@ -1,0 +1,170 @@
+"""Few bits a value in affine groups: what ``int4`` and ``int2`` share.
+
+After KIVI (arXiv 2402.02750): outliers of K stay in their channels, so K is grouped along tokens; those of V stay in their tokens, so
+V is grouped along channels. Beyond KIVI: the sequence's first token, an attention sink that the rest cannot do without, stays exact,
+and a group's offset and scale may be fitted by least squares instead of spanning its range.
+
+Payload, for each model layer: the exact first token of K and of V [H, A, D] in the layout's dtype (A = 1 where the block starts the
+sequence, else 0); offset and scale of K [2, H, N, D] in 16 bits, of V [2, H, T-A, G]; codes of K [H, T-A, P], codes of V. A byte of the
+P = ceil(D·bits/8) holds channels p, p + P, … from its low bits up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from kvstore.block import Distortion
+from kvstore.errors import CorruptBlockError
+
+from .base import Codec, Coded, Stored, is_finite, relative_error
+from .memory import bytes_of, tensor_from_buffer, wide
+from .scales import round_down, round_up, scale_dtype
+
+
+class GroupedCodec(Codec):
+    """Template: a subclass names its bits, the size of its groups and how often to refit them."""
+
+    bits: ClassVar[int]
+    #: Tokens (of K) or channels (of V) that share an offset and a scale.
+    group: ClassVar[int]
+    #: Least-squares refits of offset and scale; the best of all tries is kept.
+    refits: ClassVar[int]
+
+    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+        coded = []
+        for k_LHTD, v_LHTD, start in zip(k_BLHTD, v_BLHTD, starts, strict=True):
+            exact = _exact_tokens(start)
+            k_fit, k_codes = self._fit(self._by_channel(k_LHTD[:, :, exact:].float()))
+            v_fit, v_codes = self._fit(self._by_token(v_LHTD[:, :, exact:].float()))
+            tokens = k_LHTD.shape[2]
+            k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
+            v_codes = v_codes.flatten(-2)
+            decoded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD)]
+            self._restore(decoded[0], k_fit, k_codes, k_LHTD[:, :, :exact])
+            self._restore(decoded[1], v_fit, v_codes, v_LHTD[:, :, :exact])
+            errors = relative_error(torch.stack((k_LHTD, v_LHTD)), torch.stack(decoded))
+            parts = (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits))
+            coded.append(Coded((bytes_of(*parts),), (Distortion(*errors),)))
+        return coded
+
+    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        lay = self.layout
+        for block, *outs_LHTD in zip(blocks, k_BLHTD, v_BLHTD, strict=True):
+            exact, rest = _exact_tokens(block.start), block.tokens - _exact_tokens(block.start)
+            sizes = self._section_bytes(block.start, block.tokens)
+            data = tensor_from_buffer(block.layers[0], k_BLHTD.device).view(lay.layers, -1).split(sizes, 1)
+            for i, out_LHTD in enumerate(outs_LHTD):
+                first = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
+                groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
+                fit = wide(data[2 + i], scale_dtype(lay.dtype), lay.layers, 2, lay.kv_heads, *groups)
+                codes = unpack(data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits)), self.bits, lay.head_dim)
+                if rest and not is_finite(fit):
+                    raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
+                self._restore(out_LHTD, fit, codes, first)
+
+    @property
+    def _channel_groups(self) -> int:
+        """Groups of channels in a head of V; one where `group` does not divide the head."""
+        return self.layout.head_dim // self.group if self.layout.head_dim % self.group == 0 else 1
+
+    def _by_channel(self, x_LHTD: torch.Tensor) -> torch.Tensor:
+        """K as groups of tokens [L, H, N, D, group]; a last short group is filled up with its last token."""
+        missing = -x_LHTD.shape[2] % self.group
+        x = torch.cat((x_LHTD, x_LHTD[:, :, -1:].expand(-1, -1, missing, -1)), 2)
+        return x.unflatten(2, (x.shape[2] // self.group, self.group)).transpose(-1, -2)
+
+    def _by_token(self, x_LHTD: torch.Tensor) -> torch.Tensor:
+        """V as groups of channels [L, H, T, G, D/G]."""
+        return x_LHTD.unflatten(-1, (self._channel_groups, -1))
+
+    def _fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offset and scale [L, 2, …] and uint8 codes like `x`, for float32 groups in the last dimension of `x` [L, …, n]."""
+        top, dtype = 2**self.bits - 1, scale_dtype(self.layout.dtype)
+        if not x.numel():
+            return torch.zeros(x.shape[0], 2, *x.shape[1:-1], dtype=dtype, device=x.device), x.to(torch.uint8)
+        offset = round_down(x.amin(-1, keepdim=True), dtype)
+        scale = round_up(x.amax(-1, keepdim=True) / top - offset.float() / top, dtype).clamp_max(torch.finfo(dtype).max)
+        codes = _codes(x, offset, scale, top)
+        if self.refits:
+            best = _error(x, offset, scale, codes)
+        for _ in range(self.refits):
+            new_offset, new_scale = (t.to(dtype) for t in _least_squares(x, codes))
+            new_codes = _codes(x, new_offset, new_scale, top)
+            error = _error(x, new_offset, new_scale, new_codes)
+            better = error < best  # False for NaN, so a fit that overflowed is never taken
+            offset, scale = torch.where(better, new_offset, offset), torch.where(better, new_scale, scale)
+            codes, best = torch.where(better, new_codes, codes), torch.where(better, error, best)
+        return torch.stack((offset, scale), 1).squeeze(-1), codes.to(torch.uint8)
+
+    def _restore(self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, exact_LHAD: torch.Tensor) -> None:
+        """Write the exact tokens and offset + scale × code, computed in float32, into `out_LHTD`."""
+        exact, (offset, scale) = exact_LHAD.shape[2], fit.float().unbind(1)
+        out_LHTD[:, :, :exact] = exact_LHAD
+        rest = codes_LHTD.shape[2]
+        if not rest:
+            return
+        if offset.shape[2:] == (rest, self._channel_groups):
+            x = torch.addcmul(offset[..., None], codes_LHTD.unflatten(-1, (self._channel_groups, -1)).float(), scale[..., None]).flatten(-2)
+        else:
+            offset, scale = (t.repeat_interleave(self.group, 2)[:, :, :rest] for t in (offset, scale))
+            x = torch.addcmul(offset, codes_LHTD.float(), scale)
+        largest = torch.finfo(out_LHTD.dtype).max
+        out_LHTD[:, :, exact:] = x.clamp_(-largest, largest)
+
+    def _section_bytes(self, start: int, tokens: int) -> list[int]:
+        """Bytes of each part of one model layer, in the payload's order."""
+        lay, exact = self.layout, _exact_tokens(start)
+        rest = tokens - exact
+        first = lay.kv_heads * exact * lay.head_dim * lay.dtype.itemsize
+        k_fit = 4 * lay.kv_heads * -(-rest // self.group) * lay.head_dim
+        v_fit = 4 * lay.kv_heads * rest * self._channel_groups
+        codes = lay.kv_heads * rest * packed_bytes(lay.head_dim, self.bits)
+        return [first, first, k_fit, v_fit, codes, codes]
+
+    def _layer_bytes(self, start: int, tokens: int) -> tuple[int, ...]:
+        return (self.layout.layers * sum(self._section_bytes(start, tokens)),)
+
+
+def _exact_tokens(start: int) -> int:
+    return 1 if start == 0 else 0
+
+
+def _codes(x: torch.Tensor, offset: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tensor:
+    """Nearest codes as float32. Divided before the subtraction, which could overflow."""
+    step = torch.where(scale > 0, scale, 1).float()
+    return (x / step - offset.float() / step).round_().clamp_(0, top)
+
+
+def _error(x: torch.Tensor, offset: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return (torch.addcmul(offset.float(), codes, scale.float()) - x).square().sum(-1, keepdim=True)
+
+
+def _least_squares(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset and scale that fit `x` best for the codes as they are."""
+    x_mean, code_mean = x.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
+    spread = codes - code_mean
+    scale = ((x - x_mean) * spread).mean(-1, keepdim=True) / spread.square().mean(-1, keepdim=True).clamp_min(1e-12)
+    return x_mean - scale * code_mean, scale
+
+
+def packed_bytes(channels: int, bits: int) -> int:
+    return -(-channels * bits // 8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [..., D] below 2**bits as bytes [..., P]."""
+    planes, width = 8 // bits, packed_bytes(codes.shape[-1], bits)
+    padded = torch.nn.functional.pad(codes, (0, planes * width - codes.shape[-1])).unflatten(-1, (planes, width))
+    packed = padded[..., 0, :].clone()
+    for i in range(1, planes):
+        packed |= padded[..., i, :] << (bits * i)
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int, channels: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 codes [..., D]."""
+    planes = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.cat(planes, -1)[..., :channels]
