@@ -57,10 +57,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_dict(message: Any) -> dict[str, Any]:
-    """A message as JSON with the proto's own names, zeros included."""
-    from google.protobuf.json_format import MessageToDict
+    """A message with the proto's own names, zeros included, a part that is absent as None.
 
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    Numbers stay numbers; protobuf's own JSON has 64-bit ones as text.
+    """
+    fields = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            fields[field.name] = list(value)
+        elif field.message_type:
+            fields[field.name] = as_dict(value) if message.HasField(field.name) else None
+        else:
+            fields[field.name] = value
+    return fields
 
 
 def _request(args: argparse.Namespace) -> Any:

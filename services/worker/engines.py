@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from kvstore.client import ClientConfig
-from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
-from services.engine import ENGINES
+from services.engine import engine_class
 from services.engine.base import Engine
 from services.engine.config import EngineConfig
 from services.model import resolve_model
@@ -23,9 +20,7 @@ def create_engine(args: WorkerArgs, metrics: Metrics) -> Engine:
     ConfigError
         For an unknown engine, or a model that is none.
     """
-    if args.engine not in ENGINES:
-        raise ConfigError(f"unknown engine {args.engine!r}; known: {', '.join(ENGINES)}")
-    module, _, name = ENGINES[args.engine].partition(":")
+    engine = engine_class(args.engine)
     config = EngineConfig(
         model=str(resolve_model(args.model)),
         device=args.device,
@@ -33,4 +28,4 @@ def create_engine(args: WorkerArgs, metrics: Metrics) -> Engine:
         codec_options={"ratio": args.ratio} if args.ratio else {},
     )
     store = ClientConfig(redis_url=args.redis) if args.redis else None
-    return getattr(import_module(module), name)(config, store, metrics)
+    return engine(config, store, metrics)
