@@ -161,7 +161,7 @@ class Codec(ABC):
         single = keys.ndim == 4
         keys, values = self._checked("keys", keys), self._checked("values", values)
         if keys.shape != values.shape or keys.device != values.device:
-            raise LayoutMismatchError(f"keys {tuple(keys.shape)} on {keys.device} and values {tuple(values.shape)} on {values.device} differ")
+            raise LayoutMismatchError(f"keys {list(keys.shape)} on {keys.device} and values {list(values.shape)} on {values.device} differ")
         count, length = keys.shape[0], keys.shape[3]
         starts = self._starts(start, count)
         coded = self._encode(keys, values, starts, self._tokens(tokens, count, length))
@@ -282,14 +282,16 @@ class Codec(ABC):
         if ours != theirs:
             raise LayoutMismatchError(f"the block's (dtype, layers, heads, head dim) {theirs} is not the layout's {ours}")
         if head.profile != self.profile_digest:
-            raise LayoutMismatchError(f"the block was written with profile {head.profile.hex()[:16]}…, this is {self.profile_digest.hex()[:16]}…")
+            theirs, ours = head.profile.hex()[:16], self.profile_digest.hex()[:16]
+            raise LayoutMismatchError(f"the block was written with profile {theirs}…, this is {ours}…")
         use = head.present if fidelity is None else fidelity
         if not 1 <= use <= head.present or use > len(block.payload):
             raise InvalidInputError(f"fidelity {fidelity} is not among those present (1 … {head.present})")
         layers = tuple(memoryview(p).cast("B") for p in block.payload[:use])
         sizes = self._layer_bytes(head.start, head.tokens)
         if sizes is not None and tuple(len(p) for p in layers) != sizes[:use]:
-            raise CorruptBlockError(f"the payload has {[len(p) for p in layers]} bytes; {head.tokens} tokens of {self.name!r} take {list(sizes)}")
+            found = [len(p) for p in layers]
+            raise CorruptBlockError(f"the payload has {found} bytes; {head.tokens} tokens of {self.name!r} take {list(sizes)}")
         return Stored(head.start, head.tokens, layers)
 
     def _checked_out(self, x: torch.Tensor, shape: tuple[int, ...], single: bool) -> torch.Tensor:

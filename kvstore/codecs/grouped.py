@@ -60,7 +60,8 @@ class GroupedCodec(Codec):
                 first = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
                 groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
                 fit = wide(data[2 + i], scale_dtype(lay.dtype), lay.layers, 2, lay.kv_heads, *groups)
-                codes = unpack(data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits)), self.bits, lay.head_dim)
+                packed = data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits))
+                codes = unpack(packed, self.bits, lay.head_dim)
                 if rest and not is_finite(fit):
                     raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
                 self._restore(out_LHTD, fit, codes, first)
