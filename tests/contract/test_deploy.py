@@ -1,5 +1,6 @@
 """The chart renders to objects that Kubernetes and KubeRay accept, and what runs in it is what the project has."""
 
+import argparse
 import copy
 import gzip
 import json
@@ -27,6 +28,7 @@ VALUES = {
         "worker": {
             "device": "cuda",
             "replicas": 3,
+            "tenantsSecret": "callers",
             "nodeSelector": {"gpu": "yes"},
             "cacheVolume": {"persistentVolumeClaim": {"claimName": "models"}},
         },
@@ -129,6 +131,20 @@ def test_nodes_have_probes_and_room_for_the_arena(objects):
     assert arena < parse_size(memory["sizeLimit"] + "B") < parse_size(container["resources"]["limits"]["memory"] + "B")
 
 
+def test_nodes_are_started_as_the_command_line_allows(objects):
+    from services.cli import node as command
+
+    (container,) = of_kind(objects, "StatefulSet")[0]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["concertina"]
+    name, *arguments = container["args"]
+    assert name == "node"
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    command.configure(parser)
+    parsed = parser.parse_args([argument.replace("$(POD_IP)", "10.0.0.1") for argument in arguments])
+    assert parsed.listen == "10.0.0.1:7000"
+    assert parsed.redis.startswith("redis")
+
+
 def test_workers_run_our_application(objects):
     from services.worker.app import SERVICER_FUNCTIONS
     from services.worker.options import WorkerArgs
@@ -137,8 +153,11 @@ def test_workers_run_our_application(objects):
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = config.applications
     assert application.import_path == "services.worker.app:build"
+    tenants = application.args.pop("tenants", None)  # the file is the Secret's, and not here
     args = WorkerArgs.model_validate(application.args)
     assert args.replicas == service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"]
+    mounts = [mount for template in pod_templates([service]) for mount in template["spec"]["containers"][0].get("volumeMounts", [])]
+    assert sum(mount["mountPath"] == "/etc/concertina" for mount in mounts) == (2 if tenants else 0)
     assert tuple(config.grpc_options.grpc_servicer_functions) == tuple(SERVICER_FUNCTIONS)
 
 
@@ -147,7 +166,8 @@ def test_gpu_values_reach_both_kinds_of_process():
     assert "--device=cuda" in of_kind(objects, "StatefulSet")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
     group = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     assert group["template"]["spec"]["nodeSelector"] == {"gpu": "yes"}
-    assert group["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "models"
+    volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+    assert volumes["cache"]["persistentVolumeClaim"]["claimName"] == "models"
 
 
 def test_external_redis_replaces_ours_everywhere():

@@ -46,3 +46,8 @@ capabilities: {drop: [ALL]}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: XDG_CACHE_HOME, value: /cache}
 {{- end }}
+
+{{- define "concertina.tenantsVolume" -}}
+- name: tenants
+  secret: {secretName: {{ .Values.worker.tenantsSecret }}, items: [{key: tenants.json, path: tenants.json}]}
+{{- end }}
