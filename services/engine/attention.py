@@ -42,16 +42,6 @@ class Token:
     at: int
 
 
-@dataclass(slots=True)
-class Step:
-    """What one forward computes; rows of neither kind are padding. `layers_seen` proves that every layer came by."""
-
-    tiles: tuple[Tile, ...] = ()
-    tokens: tuple[Token, ...] = ()
-    masks: Masks = field(default_factory=lambda: Masks())
-    layers_seen: int = 0
-
-
 class Masks:
     """Additive causal masks of tiles, cut from one tensor that is made once and grows as needed."""
 
@@ -77,6 +67,16 @@ class Masks:
             hidden |= key <= query - window
         mask = torch.zeros(tile.size, width, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return mask.repeat(groups, 1)
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward computes; rows of neither kind are padding. `layers_seen` proves that every layer came by."""
+
+    tiles: tuple[Tile, ...] = ()
+    tokens: tuple[Token, ...] = ()
+    masks: Masks = field(default_factory=Masks)
+    layers_seen: int = 0
 
 
 def attend(

@@ -14,6 +14,8 @@ from .presses.base import Press
 from .sampler import Sampler
 from .textstream import TextStream
 
+#: Of a prefix that was computed here.
+EXACT = Provenance()
 #: Takes deltas, and at most one error, which ends them. Called from the model's thread.
 Sink = Callable[[Delta | Exception], None]
 
@@ -29,7 +31,7 @@ class Prefix:
     tokens: int = 0
     namespace: bytes = b""
     keys: list[bytes] = field(default_factory=list)
-    provenance: Provenance = Provenance()
+    provenance: Provenance = EXACT
     report: CacheReport = field(default_factory=CacheReport)
     lookup_s: float = 0.0
     fetch_s: float = 0.0

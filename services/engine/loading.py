@@ -80,7 +80,7 @@ def _refuse(hf_config: Any) -> None:
     text = hf_config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise InvalidInputError(f"{text.model_type} has layers of type {', '.join(sorted(kinds))}; only full and sliding attention are supported")
+        raise InvalidInputError(f"{text.model_type} has layers of type {', '.join(sorted(kinds))}; known: full and sliding attention")
     if getattr(text, "num_kv_shared_layers", 0):
         raise InvalidInputError(f"{text.model_type} shares K and V between layers")
     if getattr(hf_config, "is_encoder_decoder", False):

@@ -15,7 +15,7 @@ from kvstore.clock import Clock
 from kvstore.codecs import Codec, codec_for_wire_id
 from kvstore.errors import ConcertinaError
 from kvstore.identity import NamespaceFields, block_keys, namespace
-from kvstore.layout import KVLayout, dtype_name
+from kvstore.layout import dtype_name
 from kvstore.metrics import Metrics
 
 from .base import CacheMode, GenerateSpec

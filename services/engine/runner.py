@@ -123,5 +123,6 @@ class Runner:
             concertina_step=step,
         )
         if step.layers_seen != self.layout.layers:
-            raise ConfigError(f"{type(self.model).__name__} has {self.layout.layers} layers, of which {step.layers_seen} use attention as known here")
+            kind, layers = type(self.model).__name__, self.layout.layers
+            raise ConfigError(f"{kind} called attention {step.layers_seen} times for {layers} layers; the model cannot be served")
         return out.logits[0, : len(wanted)].float()

@@ -51,7 +51,8 @@ def find_shapes(runner: Runner, vocab_size: int, max_tiles: int, max_rows: int, 
 
 def _prefill(runner: Runner, prompt: Sequence[int], tiles: int) -> tuple[LiveKV, torch.Tensor]:
     kv = runner.new_kv(len(prompt), len(prompt))
-    parts = [PromptTile(kv, at, prompt[at : at + runner.tile], at + runner.tile >= len(prompt)) for at in range(0, len(prompt), runner.tile)]
+    size = runner.tile
+    parts = [PromptTile(kv, at, prompt[at : at + size], at + size >= len(prompt)) for at in range(0, len(prompt), size)]
     for first in range(0, len(parts), tiles):
         logits = runner.prefill(parts[first : first + tiles])
     return kv, logits
