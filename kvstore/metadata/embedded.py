@@ -146,14 +146,18 @@ def _spawn(binary: Path, place: Path, port: int, password: str | None, settings:
 
 
 def _ready(process: subprocess.Popen, port: int, password: str | None, deadline: float) -> bool:
-    """True once it answers, False when it has exited."""
-    request, expected = (f"AUTH {password}\r\nPING\r\n", 2) if password else ("PING\r\n", 1)
+    """True once this very process answers on `port` (another server may sit there), False when it has exited."""
+    request = (f"AUTH {password}\r\n" if password else "") + "INFO server\r\n"
+    ours = f"process_id:{process.pid}\r\n".encode()
     while process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0) as peer:
+            peer.settimeout(0.2)
             peer.sendall(request.encode())
-            with peer.makefile("rb") as replies:
-                if [replies.readline(64) for _ in range(expected)][-1] == b"+PONG\r\n":
-                    return process.poll() is None
+            answer = b""
+            while len(answer) < 1 << 16 and ours not in answer and (part := peer.recv(1 << 14)):
+                answer += part
+            if ours in answer:
+                return True
         if time.monotonic() > deadline:
             raise TransportError(f"Valkey on port {port} did not answer in time")
         time.sleep(0.02)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import time
 
 import pytest
-import redis
 
 from kvstore.errors import DeadlineError, InvalidInputError, TransportError
 from kvstore.metadata import IndexEntry, InprocMetadata, NodeRecord, WorkerRecord, connect
 from kvstore.metadata.base import MAX_HOLDERS, MAX_VALUE_BYTES
 from kvstore.metadata.embedded import start_valkey
+from tests.valkey_support import redis_cluster
 
 A, B = "a1" * 8, "b2" * 8
 
@@ -27,40 +25,8 @@ def valkey(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Three primaries, one third of the slots each."""
-    servers = []
-    try:
-        for i in range(3):
-            settings = {"cluster-enabled": "yes", "cluster-node-timeout": "2000", "cluster-port": str(free_port())}
-            servers.append(start_valkey(tmp_path_factory.mktemp(f"member{i}"), settings=settings))
-        form_cluster(servers)
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as servers:
         yield servers[0]
-    finally:
-        for server in servers:
-            server.stop()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def form_cluster(servers):
-    members = [redis.Redis(port=s.port) for s in servers]
-    for i, member in enumerate(members):
-        member.execute_command("CLUSTER", "ADDSLOTSRANGE", i * 5462, min(16383, (i + 1) * 5462 - 1))
-        member.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
-        bus_port = members[0].config_get("cluster-port")["cluster-port"]
-        member.execute_command("CLUSTER", "MEET", "127.0.0.1", servers[0].port, bus_port)
-    waiting, attempts = members, 500
-    while waiting:
-        waiting = [m for m in waiting if m.execute_command("CLUSTER", "INFO").find(b"cluster_state:ok") < 0]
-        attempts -= 1
-        assert attempts, "the cluster did not form"
-        time.sleep(0.05)
-    for member in members:
-        member.close()
 
 
 @pytest.fixture(params=["inproc", "valkey", "cluster"])

@@ -1,0 +1,183 @@
+"""What is particular to Redis: the layout's size, lost shards, moved slots, forgotten scripts, and the server of our own."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+import redis
+
+from kvstore.errors import AuthenticationError, ConfigError
+from kvstore.metadata import IndexEntry, NodeRecord, connect
+from kvstore.metadata.embedded import start_valkey
+from tests.valkey_support import SHARE, redis_cluster
+
+A = "a1" * 8
+NODE = NodeRecord("a", A, "a:1")
+
+
+@pytest.fixture
+def valkey(tmp_path):
+    server = start_valkey(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
+async def test_buckets_stay_compact_at_ten_million_blocks_of_four_holders(valkey):
+    """120 blocks in one bucket: the fullest of 2**17 when 10 million are spread over them (mean 76, sd 9)."""
+    metadata = connect(valkey.url, timeout_s=5)
+    rng = random.Random(1)
+    keys = [bytes(4) + rng.randbytes(28) for _ in range(120)]
+    for i in range(4):
+        await metadata.announce(f"{i:016x}", [IndexEntry(k, 2**31, 8) for k in keys])
+    with redis.Redis(port=valkey.port) as direct:
+        (bucket,) = direct.keys("concertina:b:*")
+        assert direct.object("encoding", bucket) == b"listpack"
+        assert direct.memory_usage(bucket, samples=0) / 120 < 120
+    assert all(len(places) == 4 for places in await metadata.locate(keys))
+    await metadata.close()
+
+
+async def test_an_index_of_spread_keys_costs_less_than_200_bytes_a_block(valkey):
+    metadata = connect(valkey.url, timeout_s=5)
+    rng = random.Random(2)
+    with redis.Redis(port=valkey.port) as direct:
+        await metadata.locate([bytes(32)])
+        before = direct.info("memory")["used_memory"]
+        await metadata.announce(A, [IndexEntry(rng.randbytes(32), 100_000, 1) for _ in range(30_000)])
+        assert (direct.info("memory")["used_memory"] - before) / 30_000 < 200
+    await metadata.close()
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(valkey):
+    metadata = connect(valkey.url, timeout_s=5)
+    keys = [os.urandom(32) for _ in range(3)]
+    await metadata.announce(A, [IndexEntry(keys[0], 1, 1)])
+    with redis.Redis(port=valkey.port) as direct:
+        direct.script_flush()
+    await metadata.announce(A, [IndexEntry(k, 2, 1) for k in keys])
+    assert [p[0].size_bytes for p in await metadata.locate(keys)] == [2, 2, 2]
+    await metadata.close()
+
+
+async def test_lost_state_is_noticed_by_the_next_heartbeat(valkey):
+    metadata = connect(valkey.url, timeout_s=5)
+    assert [await metadata.heartbeat(NODE, 30) for _ in range(3)] == [False, True, True]
+    with redis.Redis(port=valkey.port) as direct:
+        direct.flushall()
+    assert [await metadata.heartbeat(NODE, 30) for _ in range(2)] == [False, True]
+    await metadata.close()
+
+
+async def test_the_loss_of_any_one_shard_is_noticed(cluster):
+    metadata = connect(cluster[0].url, prefix="loss", timeout_s=5)
+    await metadata.heartbeat(NODE, 30)
+    for server in cluster:
+        assert await metadata.heartbeat(NODE, 30) is True
+        with redis.Redis(port=server.port) as direct:
+            direct.flushall()
+        assert await metadata.heartbeat(NODE, 30) is False
+    await metadata.close()
+
+
+async def test_an_index_spreads_over_all_shards_and_is_read_in_one_round(cluster):
+    metadata = connect(cluster[0].url, prefix="spread", timeout_s=5)
+    rng = random.Random(3)
+    keys = [rng.randbytes(32) for _ in range(600)]
+    await metadata.announce(A, [IndexEntry(k, 1, 1) for k in keys])
+    for server in cluster:
+        with redis.Redis(port=server.port) as direct:
+            assert 100 < len(direct.keys("spread:b:*")) < 300
+    before = metadata.shards.round_trips
+    assert all(await metadata.locate(keys))
+    assert metadata.shards.round_trips - before == 3  # one to each shard, side by side
+    await metadata.close()
+
+
+async def test_slots_that_move_are_followed(cluster):
+    """An empty slot goes from the first shard to the second while a client knows the old owner."""
+    metadata = connect(cluster[0].url, prefix="moves", timeout_s=5)
+    await metadata.nodes()
+    members = [redis.Redis(port=s.port) for s in cluster]
+    rng = random.Random(4)
+    keys = (rng.randbytes(32) for _ in range(10_000))
+    slot_of = members[0].cluster
+    key, slot = next((k, s) for k in keys if (s := slot_of("KEYSLOT", metadata._bucket(k))) < SHARE)
+    target = members[1].execute_command("CLUSTER", "MYID").decode()
+    source = members[0].execute_command("CLUSTER", "MYID").decode()
+    for member in (members[1], members[0], members[2]):
+        member.execute_command("CLUSTER", "SETSLOT", slot, "NODE", target)
+    await metadata.announce(A, [IndexEntry(key, 5, 1)])
+    assert await metadata.locate([key]) == [((A, 5, 1),)]
+    assert members[1].hexists(metadata._bucket(key), key)
+    # And while it moves back: what is there already is found by ASK.
+    members[0].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", target)
+    members[1].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", source)
+    members[1].execute_command("MIGRATE", "127.0.0.1", cluster[0].port, metadata._bucket(key), 0, 5000)
+    assert await metadata.locate([key]) == [((A, 5, 1),)]
+    for member in (members[0], members[1], members[2]):
+        member.execute_command("CLUSTER", "SETSLOT", slot, "NODE", source)
+        member.close()
+    await metadata.close()
+
+
+async def test_password_and_users(tmp_path):
+    server = start_valkey(tmp_path, password="letmein")
+    try:
+        with redis.Redis(port=server.port, password="letmein") as direct:
+            # All that nodes and clients need.
+            rules = ["~concertina:*", "+hget", "+hset", "+hdel", "+get", "+set", "+del", "+sadd", "+srem", "+smembers"]
+            direct.execute_command("ACL", "SETUSER", "node", "on", ">pw", "resetkeys", "-@all", *rules, "+eval", "+evalsha", "+script|load")
+        metadata = connect(f"redis://node:pw@127.0.0.1:{server.port}/0", timeout_s=5)
+        key = os.urandom(32)
+        await metadata.announce(A, [IndexEntry(key, 5, 1)])
+        assert await metadata.heartbeat(NODE, 5) is False
+        assert await metadata.nodes() == [NODE]
+        assert len((await metadata.locate([key]))[0]) == 1
+        await metadata.withdraw(A, [key])
+        await metadata.leave(NODE)
+        await metadata.close()
+        without = connect(f"redis://127.0.0.1:{server.port}/0", timeout_s=5)
+        with pytest.raises(AuthenticationError):
+            await without.nodes()
+        await without.close()
+    finally:
+        server.stop()
+
+
+def test_the_embedded_server_keeps_to_itself(tmp_path):
+    server = start_valkey(tmp_path / "own", password="secret")
+    with redis.Redis(port=server.port, password="secret") as direct:
+        settings = direct.config_get("*")
+        wanted = {"bind": "127.0.0.1", "save": "", "appendonly": "no", "maxmemory-policy": "noeviction"}
+        assert {name: settings[name] for name in wanted} == wanted
+    assert stat.S_IMODE(os.stat(tmp_path / "own" / "valkey.conf").st_mode) == 0o600
+    assert "secret" not in Path(f"/proc/{server.pid}/cmdline").read_text()
+    server.stop()
+    server.stop()
+    assert server.poll() == 0
+    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == ["valkey.conf", "valkey.log"]
+
+
+def test_a_taken_port_is_named_and_nothing_stays_behind(valkey, tmp_path):
+    with pytest.raises(ConfigError, match=rf"(?s)port {valkey.port}.*in use"):
+        start_valkey(tmp_path / "second", valkey.port)
+    with pytest.raises(ConfigError, match="letters and digits"):
+        start_valkey(tmp_path / "third", password='a"b')
+
+
+def test_a_server_that_hangs_is_killed_by_stop(tmp_path):
+    server = start_valkey(tmp_path)
+    os.kill(server.pid, signal.SIGSTOP)
+    server.stop(timeout_s=0.1)
+    assert server.poll() == -signal.SIGKILL
