@@ -44,7 +44,7 @@ up: setup ## start Valkey, NODES store nodes and WORKERS workers with MODEL; pri
 	$(BIN)/concertina up --nodes $(NODES) --workers $(WORKERS) $(if $(MODEL),--model "$(MODEL)")
 
 down: ## end what `make up` started
-	$(BIN)/concertina down
+	@if [ -x $(BIN)/concertina ]; then $(BIN)/concertina down; else echo "nothing was started from here: there is no .venv"; fi
 
 test: setup ## all tests that need no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
