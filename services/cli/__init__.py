@@ -15,6 +15,7 @@ from kvstore.errors import ConcertinaError, ConfigError, InvalidInputError
 
 #: Command -> (module, one line of help). The order is that of ``concertina --help``.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("services.cli.demo", "watch the main job run, from an empty machine to a killed node, in a minute"),
     "up": ("services.cli.up", "bring a whole system up on this machine"),
     "down": ("services.cli.down", "take a system down again"),
     "status": ("services.cli.status", "show endpoints, nodes and memory of a running system"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import DIGEST_BYTES
 from kvstore.settings import format_size
-from services.cli.system import record
+from services.system import record
 
 if TYPE_CHECKING:
     from kvstore.client import KvClient

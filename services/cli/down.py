@@ -9,7 +9,7 @@ import sys
 import time
 
 from kvstore.errors import NotFoundError
-from services.cli.system import processes, record
+from services.system import processes, record
 
 OWNER_PATIENCE_S = 45.0
 

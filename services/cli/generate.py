@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError, InvalidInputError
-from services.cli.system import record
+from services.system import record
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not address:
         raise ConfigError(f"system {args.name!r} is a store alone, without workers; bring one up with --workers 1")
     from protos.concertina.inference.v1 import inference_pb2_grpc
-    from services.cli.wire import channel, credential
+    from services.system.wire import channel, credential
 
     with channel(address) as opened:
         stub = inference_pb2_grpc.InferenceServiceStub(opened)

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvstore.errors import DeadlineError, TransportError
 from kvstore.settings import format_size
-from services.cli.system import record
-from services.cli.system.members import NODE_FIELDS, WORKER_FIELDS, members, rows
+from services.system import record
+from services.system.members import NODE_FIELDS, WORKER_FIELDS, members, rows
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from types import FrameType
 
-from kvstore.errors import ConfigError, TransportError
+from kvstore.errors import TransportError
 from kvstore.settings import format_size
-from services.cli.system import launch, plan, processes, record
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from services.system import launch, plan, processes, record, session
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,71 +22,15 @@ def run(args: argparse.Namespace) -> int:
     record.directory_of(args.name)
     wanted = plan.plan(args)
     try:
-        with _interruptible(), record.lock(args.name):
-            system = _fresh(args.name)
-            with _down_on_failure(system):
-                launch.launch(wanted, system, _say)
-                _tell(wanted, system, args)
-                if args.foreground:
-                    _stay(system)
-    except _Interrupted as signal_:
+        with session.interruptible(), session.fresh_system(args.name) as system:
+            launch.launch(wanted, system, _say)
+            _tell(wanted, system, args)
+            if args.foreground:
+                _stay(system)
+    except session.Interrupted as interrupted:
         print("concertina up: interrupted; nothing was left running", file=sys.stderr)
-        return 128 + signal_.number
+        return interrupted.status
     return 0
-
-
-def _ignore_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Interrupted(BaseException):
-    """A signal came that ends us."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Signals that end us raise `_Interrupted`, once; those that come while we clean up are ignored."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        _ignore_signals()
-        raise _Interrupted(number)
-
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _down_on_failure(system: record.SystemRecord) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _ignore_signals()
-        processes.end_system(system)
-        system.remove()
-        raise
-
-
-def _fresh(name: str) -> record.SystemRecord:
-    """A new record, once it is sure that nothing runs under the old one; what a crash left is cleared away."""
-    old = record.load(name)
-    if old:
-        if old.phase == record.UP and any(processes.alive(p) for p in old.processes):
-            where = old.inference or old.redis
-            raise ConfigError(f"{name!r} is already up at {where}; `concertina down --name {name}` first, or use another --name")
-        processes.end_system(old)
-        old.remove()
-    system = record.new_record(name)
-    system.owner = processes.describe("up", os.getpid())
-    system.save()
-    return system
 
 
 def _say(line: str) -> None:

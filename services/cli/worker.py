@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from kvstore.errors import ConfigError, TransportError
-from services.cli.checks import check_codec, check_device, check_engine, check_listen, check_redis, local_model
+from services.system.checks import check_codec, check_device, check_engine, check_listen, check_redis, local_model
 
 READY_TIMEOUT_S = 60.0
 APPLICATION = "concertina"

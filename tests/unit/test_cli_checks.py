@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.errors import ConfigError, NotFoundError
 from services.cli import COMMANDS, main
-from services.cli.system import record
+from services.system import record
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.cli import checks
+from services.system import checks
 
 #: Tried first; a free one is taken where another program has it.
 INFERENCE_PORT, REDIS_PORT = 9000, 6379

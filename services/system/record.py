@@ -84,7 +84,7 @@ class SystemRecord:
 
     @property
     def scratch(self) -> Path:
-        """Ray's directory: short, because of the sockets below it."""
+        """Holds a directory for each Ray; short, because of the sockets below it."""
         return Path("/tmp") / f"cct-{self.marker[-8:]}"
 
     def save(self) -> None:

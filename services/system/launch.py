@@ -29,7 +29,9 @@ TAIL_LINES = 12
 
 
 @dataclass(slots=True)
-class _Child:
+class Child:
+    """A part that has been started and is waited for."""
+
     part: str
     process: subprocess.Popen
     out: Path
@@ -61,16 +63,13 @@ def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None
         _start_redis(system, redis_port, say)
     system.codec = plan.codec
     system.model = plan.model.name if plan.model else None
-    children = [
-        _start(system, f"node-{number}", plan.node_command(number, system.redis), NODE_TIMEOUT_S) for number in range(plan.nodes)
-    ]
+    children = [start(system, f"node-{number}", plan.node_command(number, system.redis), NODE_TIMEOUT_S) for number in range(plan.nodes)]
     if plan.workers:
-        command = plan.worker_command(system.redis, system.inference, system.scratch)
-        children.append(_start(system, "worker", command, WORKER_TIMEOUT_S))
+        children.append(start_worker(plan, system, "worker", system.inference))
         say(f"starting {plan.nodes} store node(s) and {plan.workers} worker(s) of {system.model} …")
     else:
         say(f"starting {plan.nodes} store node(s) …")
-    _wait(children, say)
+    wait(children, say)
     _wait_for_members(plan, system.redis)
     system.phase = UP
     system.save()
@@ -85,16 +84,22 @@ def _start_redis(system: SystemRecord, port: int, say: Callable[[str], None]) ->
     say(f"redis: ready at {server.url} ({time.monotonic() - since:.1f} s)")
 
 
-def _start(system: SystemRecord, part: str, command: list[str], timeout_s: float) -> _Child:
+def start_worker(plan: Plan, system: SystemRecord, part: str, listen: str) -> Child:
+    """Start one worker process of `plan`, with `part` for a name, without waiting for it."""
+    return start(system, part, plan.worker_command(system.redis or "", listen, system.scratch / part), WORKER_TIMEOUT_S)
+
+
+def start(system: SystemRecord, part: str, command: list[str], timeout_s: float) -> Child:
+    """Start one part and write it down."""
     out, log = system.logs / f"{part}.out", system.logs / f"{part}.log"
     process = spawn(command, system.marker, out, log)
     system.processes.append(describe(part, process.pid))
     system.save()
-    return _Child(part, process, out, log, time.monotonic(), timeout_s)
+    return Child(part, process, out, log, time.monotonic(), timeout_s)
 
 
-def _wait(children: list[_Child], say: Callable[[str], None]) -> None:
-    """Until each has printed its line of JSON."""
+def wait(children: list[Child], say: Callable[[str], None]) -> None:
+    """Until each has printed its line of JSON. Raises ConfigError or TransportError for the first that fails."""
     waiting, remind = list(children), time.monotonic() + REMIND_S
     while waiting:
         for child in list(waiting):
@@ -127,7 +132,7 @@ def _wait_for_members(plan: Plan, redis: str) -> None:
         time.sleep(0.1)
 
 
-def _ready(child: _Child) -> bool:
+def _ready(child: Child) -> bool:
     line, newline, _ = child.out.read_text(errors="replace").partition("\n")
     if not newline:
         return False
@@ -137,7 +142,7 @@ def _ready(child: _Child) -> bool:
         return False
 
 
-def _failure(child: _Child, what: str) -> ConfigError | TransportError:
+def _failure(child: Child, what: str) -> ConfigError | TransportError:
     """Exit status 2 of a part is wrong usage, which is ours then."""
     lines = child.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     kind = ConfigError if child.process.poll() == 2 else TransportError

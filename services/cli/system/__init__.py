@@ -1,1 +1,0 @@
-"""A system that `up` brought up on this machine: what it is made of, where that is written down, and how it is ended."""

@@ -1,0 +1,1 @@
+"""The main job, told in one minute on real parts."""

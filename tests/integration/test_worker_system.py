@@ -1,0 +1,233 @@
+"""The main job on real parts: a model behind Ray Serve, two store nodes, a Valkey; all calls through the public gRPC service.
+
+One system for the whole file, since its start is most of the time. It stores `raw`, so that an answer from the store must be the one
+without it, token for token. The tests run in the order of the file; the last ones break parts of the system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+import urllib.request
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from protos.concertina.inference.v1 import inference_pb2 as pb
+from protos.concertina.inference.v1 import inference_pb2_grpc as rpc
+from tests.system_support import Cli, marked, until, valkeys
+
+NAME = "suite"
+TOKENS = {"a": "token-of-a", "b": "token-of-b"}
+DOCUMENT = "Notes of the harbour. " + " ".join(f"Entry {i}: the lamp of pier {i * 7 % 23} burns {i % 5} hours." for i in range(24))
+TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory):
+    state = tmp_path_factory.mktemp("state")
+    tenants = state / "tenants.json"
+    tenants.write_text(json.dumps({hashlib.sha256(token.encode()).hexdigest(): f"tenant-{name}" for name, token in TOKENS.items()}))
+    for name, token in TOKENS.items():
+        (state / f"{name}.token").write_text(token)
+    cli = Cli(state)
+    try:
+        up = cli.run("up", "--name", NAME, "--arena", "64MiB", "--codec", "raw", "--tenants", str(tenants), timeout_s=600)
+        assert up.returncode == 0, up.stderr
+        yield cli
+    finally:
+        cli.run("down", "--name", NAME)
+
+
+@pytest.fixture(scope="module")
+def system(cli):
+    return cli.json("status", "--name", NAME)
+
+
+@pytest.fixture(scope="module")
+def channel(system):
+    with grpc.insecure_channel(system["inference"]) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def stub(channel):
+    return rpc.InferenceServiceStub(channel)
+
+
+def bearer(tenant: str = "a") -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {TOKENS[tenant]}")]
+
+
+def request(text: str = "", n: int = 8, mode: int = pb.CACHE_MODE_USE, **fields) -> pb.GenerateRequest:
+    made = pb.GenerateRequest(sampling=pb.Sampling(max_new_tokens=n), cache=pb.CacheOptions(mode=mode), **fields)
+    if text:
+        made.text = text
+    return made
+
+
+def ask(stub, made: pb.GenerateRequest, tenant: str = "a", timeout_s: float = TIMEOUT_S) -> pb.GenerateResponse:
+    return stub.Generate(made, timeout=timeout_s, metadata=bearer(tenant))
+
+
+def published(cli) -> int:
+    return sum(node["blocks"] for node in cli.json("status", "--name", NAME)["nodes"])
+
+
+def requests_by_code(system) -> dict[str, float]:
+    """Of `concertina_requests_total`, from the worker's metrics page."""
+    page = urllib.request.urlopen(f"http://{system['workers'][0]['metrics']}/metrics", timeout=10).read().decode()
+    rows = [line for line in page.splitlines() if line.startswith("concertina_requests_total{")]
+    return {row.split('code="')[1].split('"')[0]: float(row.rsplit(" ", 1)[1]) for row in rows}
+
+
+def test_health_and_reflection_are_served_without_a_credential(channel):
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {"concertina.inference.v1.InferenceService", "grpc.health.v1.Health"} <= set(services)
+
+
+def test_model_info_describes_the_model(stub):
+    info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=TIMEOUT_S, metadata=bearer())
+    assert (info.model, info.layers, info.kv_heads, info.head_dim, info.codec) == ("SmolLM2-135M-Instruct", 30, 3, 64, "raw")
+    assert info.context_window == 8192 and info.vocab_size == 49152 and info.block_tokens == 64
+
+
+@pytest.mark.parametrize("metadata", [[], [("authorization", "Bearer nobody")], [("tenant", "tenant-a")]])
+def test_strangers_are_turned_away(stub, metadata):
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Generate(request("hi"), timeout=TIMEOUT_S, metadata=metadata)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+BAD = {
+    "no prompt": request(),
+    "no room": request("hi", n=0),
+    "foreign token": request(tokens=pb.TokenIds(ids=[49152])),
+    "beyond the window": request(tokens=pb.TokenIds(ids=[5] * 9000)),
+    "unknown press": request("hi", kv_budget=pb.KvBudget(press="crush", tokens=64)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_input_is_an_invalid_argument_that_names_the_mend(stub, name, streamed):
+    with pytest.raises(grpc.RpcError) as refused:
+        if streamed:
+            list(stub.GenerateStream(BAD[name], timeout=TIMEOUT_S, metadata=bearer()))
+        else:
+            ask(stub, BAD[name])
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(refused.value.details()) > 15
+
+
+def test_every_form_of_prompt_is_answered(stub):
+    chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="What is the capital of France? Answer in one word.")])
+    assert "Paris" in ask(stub, request(chat=chat, n=16)).text
+    answer = ask(stub, request(tokens=pb.TokenIds(ids=[1, 2, 3] * 10), n=3, request_id="mine"))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.request_id) == (30, 3, "mine")
+
+
+def test_a_seed_fixes_the_sample(stub):
+    made = request("Once upon a time", n=12)
+    made.sampling.temperature, made.sampling.seed = 0.9, 7
+    assert list(ask(stub, made).tokens) == list(ask(stub, made).tokens)
+
+
+def test_stop_strings_end_an_answer_and_stay_out_of_it(stub):
+    made = request("Count: one two three four", n=40)
+    made.sampling.stop.append(" ")
+    answer = ask(stub, made)
+    assert answer.finish_reason == "stop" and " " not in answer.text
+
+
+def test_the_second_answer_comes_from_the_store_and_is_the_same(cli, stub):
+    cold = ask(stub, request(DOCUMENT))
+    assert cold.usage.cached_tokens == 0
+    blocks = cold.usage.prompt_tokens // 64
+    until(lambda: published(cli) >= blocks, what="the blocks of the document")
+    warm = ask(stub, request(DOCUMENT))
+    assert warm.usage.cached_tokens >= 64 * (blocks - 1)
+    assert warm.cache.blocks_hit > 0 and warm.cache.bytes_fetched > 0 and warm.cache.distortion == 0
+    bypass = ask(stub, request(DOCUMENT, mode=pb.CACHE_MODE_BYPASS))
+    assert bypass.usage.cached_tokens == 0
+    assert list(cold.tokens) == list(warm.tokens) == list(bypass.tokens)
+
+
+def test_a_stream_is_the_unary_answer_in_parts(stub):
+    whole = ask(stub, request(DOCUMENT))
+    parts = list(stub.GenerateStream(request(DOCUMENT, request_id="s"), timeout=TIMEOUT_S, metadata=bearer()))
+    assert "".join(p.text for p in parts) == whole.text
+    assert [t for p in parts for t in p.tokens] == list(whole.tokens)
+    assert parts[-1].usage == whole.usage and parts[-1].finish_reason == whole.finish_reason
+    assert len(parts) > 1 and all(p.request_id == "s" for p in parts)
+
+
+def test_a_tenant_never_hits_anothers_blocks(stub):
+    other = ask(stub, request(DOCUMENT), tenant="b")
+    assert other.usage.cached_tokens == 0 and other.cache.blocks_hit == 0
+
+
+def test_reading_only_publishes_nothing(cli, stub):
+    text = "A log that nobody keeps. " + "The tide was low and the wind was north. " * 20
+    before = ask(stub, request(text, n=2, mode=pb.CACHE_MODE_READ_ONLY))
+    time.sleep(2)
+    assert ask(stub, request(text, n=2, mode=pb.CACHE_MODE_READ_ONLY)).usage.cached_tokens == before.usage.cached_tokens == 0
+
+
+def test_a_caller_that_goes_away_stops_the_model(system, stub):
+    before = requests_by_code(system).get("CANCELLED", 0)
+    with pytest.raises(grpc.RpcError) as late:
+        ask(stub, request("Tell a long story.", n=4000), timeout_s=1.0)
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    stream = stub.GenerateStream(request("Tell another long story.", n=4000), timeout=TIMEOUT_S, metadata=bearer())
+    next(stream)
+    stream.cancel()
+    until(lambda: requests_by_code(system).get("CANCELLED", 0) >= before + 2, what="two cancelled requests")
+    assert requests_by_code(system)["INVALID_ARGUMENT"] >= 2 * len(BAD)
+
+
+def test_the_command_line_asks_the_same_way(cli):
+    credential = ("--credential", str(cli.state / "a.token"))
+    prompt = ("generate", "Once upon a time", "--name", NAME, "--max-new-tokens", "4", *credential)
+    answer = cli.json(*prompt)
+    assert answer["usage"] == {"prompt_tokens": 4, "cached_tokens": 0, "completion_tokens": 4} and len(answer["tokens"]) == 4
+    assert cli.run(*prompt, "--stream").stdout.strip() == answer["text"].strip()
+    assert cli.run("generate", "x", "--name", NAME, "--temperature", "-1", *credential).returncode == 2
+    assert cli.run("generate", "x", "--name", NAME).returncode == 1
+    assert cli.json("blocks", "ls", "--name", NAME, "--limit", "2")[0]["tokens"] == 64
+
+
+def test_status_names_every_part(system):
+    worker = system["workers"][0]
+    assert (worker["engine"], worker["device"], len(system["workers"]), len(system["nodes"])) == ("transformers", "cpu", 1, 2)
+    assert psutil.pid_exists(worker["pid"]) and all(psutil.pid_exists(n["pid"]) for n in system["nodes"])
+    assert all(system[key] is None for key in ("prometheus", "console"))
+
+
+def test_a_killed_node_costs_time_and_no_answer(system, stub):
+    expected = list(ask(stub, request(DOCUMENT, mode=pb.CACHE_MODE_BYPASS)).tokens)
+    os.kill(system["nodes"][0]["pid"], signal.SIGKILL)
+    for _ in range(2):
+        assert list(ask(stub, request(DOCUMENT)).tokens) == expected
+
+
+def test_without_redis_answers_go_on(cli, stub):
+    expected = list(ask(stub, request(DOCUMENT, mode=pb.CACHE_MODE_BYPASS)).tokens)
+    for server in valkeys(cli.state):
+        server.kill()
+    for _ in range(2):
+        assert list(ask(stub, request(DOCUMENT)).tokens) == expected
+
+
+def test_down_leaves_no_process_even_of_a_broken_system(cli):
+    assert marked(f"{NAME}-")
+    assert cli.run("down", "--name", NAME).returncode == 0
+    assert not marked(f"{NAME}-") and not valkeys(cli.state)
