@@ -38,7 +38,7 @@ _LAZY = {
     "EncodedBlock": "kvstore.block",
     "KVSample": "kvstore.codecs.base",
     "Profile": "kvstore.codecs.profile",
-    "calibrate": "kvstore.codecs.calibrate",
+    "calibrate": "kvstore.codecs.calibration",
 }
 
 __all__ = ["CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create", "names"]

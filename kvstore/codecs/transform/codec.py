@@ -1,0 +1,228 @@
+"""``transform``: the flagship. Eight to thirty-two times smaller, by what calibration knows about the model.
+
+::
+
+    K, V ── un-rotate K ── minus what the token predicts ── project on the basis ── quantize in nested passes ── rANS
+                                     (projection)                                   (ladder, kernels, coder)
+
+Errors are white in a space where a unit of error does a unit of harm: weighted by the tempered Fisher information of each head, as
+calibration measured it. One quantizer step serves all coefficients (reverse water-filling); coefficients too small for it cost nothing.
+Each layer of precision is a pass of finer steps over the one before. No dependence between blocks, nor between groups of layers.
+
+Sources: transform coding of KV caches, KVTC (arXiv 2511.01815); entropy-coded KV, CacheGen (arXiv 2310.07240); attention sinks, StreamingLLM
+(arXiv 2309.17453). Ours: the Fisher weights, the prediction from embeddings, K and V of layer groups jointly, cell-cutting layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvstore.block import MAX_FIDELITIES, BlockHeader, Distortion, LayerInfo
+from kvstore.errors import ConfigError, CorruptBlockError
+from kvstore.layout import KVLayout
+
+from ..base import Codec, Coded, Stored
+from . import rate
+from .coder import BlockDecoder, BlockEncoder
+from .groups import gather, split
+from .moments import unrotate
+from .parallel import spread
+from .payload import LayerPayload
+from .projection import Projection
+
+#: Ratio of the coarsest layer that is made unless asked otherwise.
+COARSEST = 32.0
+#: Step indices between layers when a divergence is asked for instead of a ratio: about a factor of two in bytes.
+DIVERGENCE_DROP = 42
+#: Most tokens that are transformed at once; bounds the memory beside the result.
+CHUNK_TOKENS = 2048
+MAX_BLOCK_TOKENS = 1024
+
+
+class TransformCodec(Codec):
+    """Calibrated transform coding with layered fidelity."""
+
+    name = "transform"
+    wire_id = 7
+    uses_profile = True
+    needs_tokens = True
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options.
+
+        Parameters
+        ----------
+        ratio : float
+            Bytes of K and V at 2 bytes a value over bytes of the whole blob.
+        layers : tuple of float, optional
+            Ratio at each layer of precision, coarsest first, the last one `ratio`. By default `ratio` and its doubles up to 32.
+        max_divergence : float, optional
+            Quantize as coarsely as the profile's estimate of the harm (nats a token) allows, instead of by `ratio`.
+        """
+
+        ratio: float = 8.0
+        layers: tuple[float, ...] | None = None
+        max_divergence: float | None = None
+
+        def __post_init__(self) -> None:
+            if not 1.0 <= self.ratio <= 1000:
+                raise ConfigError(f"ratio must be from 1 to 1000, not {self.ratio}")
+            if self.max_divergence is not None and not self.max_divergence > 0:
+                raise ConfigError(f"max_divergence must be positive, not {self.max_divergence}")
+            rungs = self.rungs
+            if len(rungs) > MAX_FIDELITIES or rungs[-1] != self.ratio or any(a <= b for a, b in zip(rungs, rungs[1:], strict=False)):
+                raise ConfigError(f"layers must be at most {MAX_FIDELITIES} falling ratios that end with ratio {self.ratio:g}, not {self.layers}")
+
+        @property
+        def rungs(self) -> tuple[float, ...]:
+            """Ratio at each fidelity, coarsest first."""
+            if self.layers is not None:
+                return tuple(float(r) for r in self.layers)
+            rungs = [self.ratio]
+            while len(rungs) < 3 and rungs[0] * 2 <= COARSEST:
+                rungs.insert(0, rungs[0] * 2)
+            return tuple(rungs)
+
+    def __init__(self, layout: KVLayout, profile: Any = None, config: Any = None) -> None:
+        super().__init__(layout, profile, config)
+        self.projection = Projection.of(self.profile, layout)
+        self.needs_tokens = self.projection.predicts
+
+    # ------------------------------------------------------------------------------------------------------------- encode
+
+    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+        out: list[Coded] = []
+        per = max(1, CHUNK_TOKENS // k_BLHTD.shape[3])
+        for at in range(0, len(starts), per):
+            chunk = slice(at, at + per)
+            out += self._encode_chunk(k_BLHTD[chunk], v_BLHTD[chunk], starts[chunk], None if tokens_BT is None else tokens_BT[chunk])
+        return out
+
+    def _encode_chunk(self, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], tokens: torch.Tensor | None) -> list[Coded]:
+        blocks, length = len(starts), k.shape[3]
+        positions = torch.tensor(starts, device=k.device)[:, None] + torch.arange(length, device=k.device)
+        rows = self.projection.rows(tokens, k.device)
+        coefficients = []
+        for i, group in enumerate(self.projection.groups):
+            x = gather(unrotate(self.layout, k[:, group.first : group.last], positions), v[:, group.first : group.last])
+            x -= self.projection.base(i, rows, len(x))
+            coefficients.append((self.projection.encoders[i].T @ x.T).view(-1, blocks, length).cpu().numpy())
+        energy = [[float(x[b].float().square().sum()) for x in (k, v)] for b in range(blocks)]
+
+        def one(b: int) -> Coded:
+            exact, bfloat16 = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
+            skip = 1 if exact else 0
+            mine = [np.ascontiguousarray(c[:, b, skip:]) for c in coefficients]
+            return self._encode_block(mine, starts[b], length, exact, bfloat16, energy[b])
+
+        return spread(one, range(blocks))
+
+    @staticmethod
+    def _exact(k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> tuple[bytes, bool]:
+        """The first token's K and V at 16 bits a value, and whether that is bfloat16: float32 fits float16 better unless it is large."""
+        first = torch.cat([k_LHTD[:, :, 0].flatten(), v_LHTD[:, :, 0].flatten()])
+        large = first.dtype == torch.bfloat16 or bool(first.abs().max() > torch.finfo(torch.float16).max)
+        return first.to(torch.bfloat16 if large else torch.float16).view(torch.uint8).cpu().numpy().tobytes(), large
+
+    def _encode_block(
+        self, coefficients: list[np.ndarray], start: int, length: int, exact: bytes, bfloat16: bool, energy: Sequence[float]
+    ) -> Coded:
+        projection, rungs = self.projection, self.config.rungs
+        encoder = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
+        raw, spent = self.layout.raw_bytes(length), self._header_bytes(len(rungs))
+        steps = self._steps_for_divergence(coefficients, len(rungs)) if self.config.max_divergence is not None else None
+        layers, distortions, divergences = [], [], []
+        for i, ratio in enumerate(rungs):
+            if steps is None:
+                budget = rate.budget_bytes(raw, ratio, length, start, len(exact)) - spent - (len(exact) if i == 0 else 0)
+                made = encoder.layer_within(budget, projection.guess(ratio))
+            else:
+                made = encoder.layer_at(steps[i])
+            first = LayerPayload(made.steps, made.words, exact, bfloat16) if i == 0 else made
+            layers.append(first.to_bytes())
+            spent += len(layers[-1])
+            errors = encoder.errors()
+            distortions.append(projection.distortion(errors, energy))
+            divergences.append(projection.expected_divergence(errors))
+        return Coded(tuple(layers), tuple(distortions), tuple(divergences))
+
+    def _steps_for_divergence(self, coefficients: list[np.ndarray], count: int) -> list[int]:
+        """Step indices of the layers, the last one as coarse as `max_divergence` allows."""
+        projection = self.projection
+
+        def harm(m: int) -> float:
+            trial = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
+            trial.layer_at(m)
+            return projection.expected_divergence(trial.errors())
+
+        low, high = projection.guess(1.5), projection.guess(COARSEST * 8)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if harm(middle) <= self.config.max_divergence else (low, middle)
+        return [low + DIVERGENCE_DROP * i for i in reversed(range(count))]
+
+    def _header_bytes(self, fidelities: int) -> int:
+        row = LayerInfo(0, 0, Distortion(0.0, 0.0))
+        lay = self.layout
+        return BlockHeader(self.wire_id, 1, lay.layers, lay.kv_heads, lay.head_dim, 0, 1, (row,) * fidelities, fidelities).header_bytes
+
+    # ------------------------------------------------------------------------------------------------------------- decode
+
+    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        length = blocks[0].tokens
+        if length > MAX_BLOCK_TOKENS:
+            raise CorruptBlockError(f"a block of {length} tokens; codec {self.name!r} writes at most {MAX_BLOCK_TOKENS}")
+        per = max(1, CHUNK_TOKENS // length)
+        for at in range(0, len(blocks), per):
+            chunk = slice(at, at + per)
+            self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
+
+    def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
+        length, projection, device = blocks[0].tokens, self.projection, k.device
+        parsed = [self._parsed(b) for b in blocks]
+        exact = [layers[0] if b.start == 0 else None for b, layers in zip(blocks, parsed, strict=True)]
+        decoders = [BlockDecoder.of(projection.models, length - (e is not None), p) for e, p in zip(exact, parsed, strict=True)]
+        rows = projection.rows(tokens, device)
+        rotation = self._rotation(blocks, length, device)
+        for i, group in enumerate(projection.groups):
+            kappa, shape = projection.kappa[i], projection.shape[i]
+            count = max(d.active(kappa) for d in decoders)
+            c = np.empty((count, len(blocks), length), dtype=np.float32)
+
+            def one(b: int, i: int = i, kappa: np.ndarray = kappa, shape: np.ndarray = shape, c: np.ndarray = c) -> None:
+                skip = length - decoders[b].tokens
+                c[:, b, :skip] = 0
+                decoders[b].group(i, kappa, shape, c[:, b, skip:])
+
+            spread(one, range(len(blocks)))
+            x = projection.base(i, rows, len(blocks) * length)
+            x.addmm_(torch.from_numpy(c).to(device).view(count, -1).T, projection.decoders[i][:count])
+            keys, values = split(x, group, self.layout, len(blocks))
+            k[:, group.first : group.last] = rotation(keys)
+            v[:, group.first : group.last] = values
+        for b, layer in enumerate(exact):
+            if layer is not None:
+                self._put_exact(layer, k[b], v[b])
+
+    def _parsed(self, block: Stored) -> list[LayerPayload]:
+        sink = self.layout.raw_bytes(1) if block.start == 0 else 0
+        groups = len(self.projection.groups)
+        return [LayerPayload.from_bytes(data, groups, sink if i == 0 else 0) for i, data in enumerate(block.layers)]
+
+    def _rotation(self, blocks: Sequence[Stored], length: int, device: torch.device) -> Any:
+        positions = torch.tensor([b.start for b in blocks], device=device)[:, None] + torch.arange(length, device=device)
+        return lambda keys: unrotate(self.layout, keys, positions, inverse=False)
+
+    @staticmethod
+    def _put_exact(layer: LayerPayload, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:
+        dtype = torch.bfloat16 if layer.bfloat16 else torch.float16
+        first = torch.frombuffer(bytearray(layer.exact), dtype=dtype).to(k_LHTD.device)
+        half = first.numel() // 2
+        k_LHTD[:, :, 0] = first[:half].view(k_LHTD.shape[0], k_LHTD.shape[1], -1)
+        v_LHTD[:, :, 0] = first[half:].view(v_LHTD.shape[0], v_LHTD.shape[1], -1)

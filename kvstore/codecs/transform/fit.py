@@ -1,0 +1,107 @@
+"""From accumulated moments to matrices: sensitivities, prediction, basis. All small linear algebra, in float64.
+
+With x the values of a token (keys unrotated), mu their mean and f the features of its embedding::
+
+    y = A (x - mu)             A block-diagonal, one block for each layer, K or V, and head: an error's harm is |A·error|²
+    y ≈ f W                    what the token alone predicts, of low rank
+    c = Uᵀ (y - f W)           U orthonormal, one block for each group of layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .groups import Group
+from .moments import Moments
+
+#: Tempering of the Fisher information: 1 trusts the calibration texts' sensitivities, 0 ignores them.
+ALPHA = 0.8
+#: Share of the mean eigenvalue that is added to each head's Fisher matrix.
+FISHER_FLOOR = 0.02
+RIDGE = 1e-3
+#: Length of the prefix that estimates of divergence assume.
+PREFIX_TOKENS = 1024
+
+
+def sensitivities(moments: Moments) -> torch.Tensor:
+    """A = F^(α/2) for each layer, K or V, and head: float64 [L, 2, H, D, D].
+
+    F is the empirical Fisher information E[g gᵀ]. One scale for all heads: how much heads differ is most of what there is to know.
+    Identity matrices without gradients, and for heads that no gradient ever reached.
+    """
+    dim = moments.layout.head_dim
+    eye = torch.eye(dim, dtype=torch.float64)
+    if not moments.fisher_count:
+        return eye.expand(moments.fisher.shape).clone()
+    fisher = moments.fisher.double() / moments.fisher_count
+    trace = fisher.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = trace.mean()
+    fisher = fisher / scale + ((trace / scale).clamp_min(1e-6) * FISHER_FLOOR)[..., None, None] * eye
+    value, vector = torch.linalg.eigh(fisher)
+    return (vector * value.clamp_min(1e-12).pow(ALPHA / 2)[..., None, :]) @ vector.transpose(-1, -2)
+
+
+def weigh(a_LKHDD: torch.Tensor, rows_NC: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+    """Rows times the symmetric block-diagonal matrix A, in the groups' order of columns."""
+    out = torch.empty_like(rows_NC)
+    for g in groups:
+        blocks = a_LKHDD[g.first : g.last].transpose(0, 1).flatten(0, 2)
+        rows = rows_NC[:, g.columns].unflatten(1, (len(blocks), -1))
+        out[:, g.columns] = torch.einsum("nbd,bde->nbe", rows, blocks.to(rows)).flatten(1)
+    return out
+
+
+def predictor(moments: Moments, a_LKHDD: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """P [F, rank] and Q [rank, C], float64, with y ≈ f P Q: ridge regression, cut to the rank that keeps most of the explained energy."""
+    count = moments.count
+    delta = (moments.mean_C - moments.origin).double()
+    ff = moments.features_FF.double() / count
+    cross = moments.cross_FC.double() / count - ff[:, -1:] * delta  # the last feature is the constant 1
+    cross = weigh(a_LKHDD, cross, moments.groups)
+    ridge = ff + RIDGE * ff.diagonal().mean() * torch.eye(len(ff), dtype=torch.float64)
+    full = torch.linalg.solve(ridge, cross)
+    root = torch.linalg.cholesky(ridge).T
+    explained = root @ full
+    u = torch.linalg.eigh(explained @ explained.T)[1][:, -rank:].flip(1)
+    return torch.linalg.solve_triangular(root, u, upper=True), u.T @ explained
+
+
+def bases(moments: Moments, a_LKHDD: torch.Tensor, p_FR: torch.Tensor | None, q_RC: torch.Tensor | None) -> list[torch.Tensor]:
+    """U of each group, float64 [width, width], columns by falling variance of the residual."""
+    count = moments.count
+    delta = (moments.mean_C - moments.origin).double()
+    out = []
+    for g, second in zip(moments.groups, moments.second, strict=True):
+        blocks = torch.block_diag(*a_LKHDD[g.first : g.last].transpose(0, 1).flatten(0, 2))
+        cov = second.double() / count - torch.outer(delta[g.columns], delta[g.columns])
+        cov = blocks @ cov @ blocks
+        if p_FR is not None and q_RC is not None:
+            ff = moments.features_FF.double() / count
+            cross = moments.cross_FC[:, g.columns].double() / count - ff[:, -1:] * delta[g.columns]
+            w = p_FR @ q_RC[:, g.columns]
+            mixed = w.T @ (cross @ blocks)
+            cov = cov - mixed - mixed.T + w.T @ ff @ w
+        out.append(torch.linalg.eigh((cov + cov.T) / 2)[1].flip(1))
+    return out
+
+
+def features(embedding_VE: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """[e / rms(e), 1] of each token, float32 [N, E + 1]."""
+    e = embedding_VE[tokens_N].float()
+    e = e / e.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    return torch.cat([e, torch.ones(len(e), 1)], 1)
+
+
+def divergence_scale(moments: Moments, a_LKHDD: torch.Tensor, continued: int) -> float:
+    """Nats a continued token for each unit of mean squared coefficient error, over a prefix of 1,024 tokens; 0 without gradients.
+
+    To second order an error e of one token costs ½·eᵀFe nats over the continuation, and e = A⁻¹·(error of y). Reverse water-filling
+    leaves y's error nearly white, so that E[eᵀFe] is its mean square times tr(A⁻¹FA⁻¹).
+    """
+    if not moments.fisher_count:
+        return 0.0
+    inverse = torch.linalg.inv(a_LKHDD)
+    trace = (inverse @ (moments.fisher.double() / moments.fisher_count) @ inverse).diagonal(dim1=-2, dim2=-1).sum()
+    return float(0.5 * trace * PREFIX_TOKENS / continued)

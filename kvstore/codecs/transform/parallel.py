@@ -1,0 +1,25 @@
+"""Blocks over threads: kernels release the GIL, so a plain pool serves, and numba's own thread layers (not all re-entrant) are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="transform")
+
+
+def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``[function(i) for i in items]`` over as many threads as torch uses. The results do not depend on how many."""
+    work = list(items)
+    threads = min(torch.get_num_threads(), len(work))
+    return [function(i) for i in work] if threads <= 1 else list(_pool(torch.get_num_threads()).map(function, work))
