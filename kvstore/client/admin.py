@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from kvstore.errors import NotFoundError
+from kvstore.errors import DeadlineError, NotFoundError, TransportError
 from kvstore.metadata import NodeRecord
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .membership import Membership
 from .transport import Transport
 
+log = logging.getLogger(__name__)
+
 OK, NOT_FOUND = pb.BLOCK_STATUS_OK, pb.BLOCK_STATUS_NOT_FOUND
 
 
 class Admin:
-    """Administrative calls. Raise `ConcertinaError`s: unlike the data path, whoever looks after the store must see failures.
+    """Administrative calls. They raise `ConcertinaError`s, unlike the data path: whoever looks after the store must see failures.
 
     Statuses are the names of google.rpc codes, such as ``OK``, ``NOT_FOUND`` or ``BUSY``.
     """
@@ -74,7 +77,15 @@ class Admin:
         return [pb.BlockStatus.Name(status).removeprefix("BLOCK_STATUS_") for status in merged]
 
     async def _everywhere(self, rpc: str, request: Any) -> list[Any]:
-        return await asyncio.gather(*(self._call(node, rpc, request) for node in self.nodes()))
+        """The answers of all nodes that can be reached; one that has just died holds nothing any more. Raises if none can be."""
+        nodes = self.nodes()
+        answers = await asyncio.gather(*(self._call(node, rpc, request) for node in nodes), return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, (TransportError, DeadlineError)) or len(failures) == len(nodes):
+                raise failure
+            log.warning("%s went on without a node that does not answer: %s", rpc.lower(), failure)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _call(self, node: NodeRecord, rpc: str, request: Any) -> Any:
         return await self._transport.call(node.address, rpc, request, self._timeout_s)

@@ -17,6 +17,8 @@ from kvstore.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+#: Channels stay open for so long after their node was last heard of: Redis losing its state must not cut what is being read.
+KEEP_CHANNELS_S = 30.0
 #: Unknown incarnations remembered, with the time and the read at which each was first met.
 MAX_STRANGERS = 4096
 
@@ -27,7 +29,7 @@ class Membership:
     Parameters
     ----------
     changed : callable
-        Awaited with the addresses of the living nodes after each read.
+        Awaited after each read with the addresses of all nodes that lived in the last KEEP_CHANNELS_S seconds.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Membership:
         self._suspect_s = suspect_s
         self._changed = changed
         self._nodes: dict[str, NodeRecord] = {}
+        self._heard: dict[str, float] = {}
         self._suspects: dict[str, float] = {}
         self._strangers: dict[str, tuple[float, int]] = {}
         self._soon = asyncio.Event()
@@ -139,7 +142,10 @@ class Membership:
             for incarnation in self._nodes:
                 self._strangers.pop(incarnation, None)
             self.available = True
-            await self._changed({record.address for record in nodes})
+            now = self._clock.now()
+            self._heard |= dict.fromkeys((record.address for record in nodes), now)
+            self._heard = {address: at for address, at in self._heard.items() if now - at < KEEP_CHANNELS_S}
+            await self._changed(set(self._heard))
         async with self._fresh:
             self._ended = self._begun
             self._fresh.notify_all()
