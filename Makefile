@@ -1,7 +1,7 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test test-gpu lint protos lock image
+.PHONY: help setup model demo up down test lint protos lock image
 
 PYTHON ?= python3
 MODEL ?=
@@ -48,9 +48,6 @@ down: ## end what `make up` started
 
 test: setup ## all tests that need no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
-
-test-gpu: setup ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -q -m gpu $(TESTS)
 
 lint: setup ## ruff, import layers, buf, sizes of files and functions, generated protos up to date
 	$(BIN)/ruff check .
