@@ -135,7 +135,9 @@ class Fetcher:
         finally:
             for task in streams:
                 task.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
+            for outcome in await asyncio.gather(*streams, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.error("a stream of a fetch failed in an unforeseen way; its blocks are misses", exc_info=outcome)
         self._metrics.fetch_bytes.inc(job.bytes_fetched)
         self._metrics.fetch_seconds.observe(self._clock.now() - began)
         self._metrics.corrupt_blocks.labels("fetch").inc(job.corrupt)

@@ -126,7 +126,11 @@ class Membership:
             except TimeoutError:
                 pass
             self._soon.clear()
-            await self._refresh()
+            try:
+                await self._refresh()
+            except Exception:  # a fault of ours in one read must not freeze the membership for good
+                log.exception("the membership was not read")
+                self.available = False
             if not self.available:
                 await asyncio.sleep(self._refresh_s)
 

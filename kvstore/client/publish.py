@@ -135,7 +135,11 @@ class Publisher:
             await self._more.wait()
             batch = self._take()
             self._note()
-            await self._publish(batch)
+            try:
+                await self._publish(batch)
+            except Exception:  # a fault of ours in one batch must not end publishing for good
+                log.exception("%d blocks are not published", len(batch))
+                self._drop(len(batch), "error")
             self._in_flight = 0
             self._queued_bytes -= sum(item.size_bytes for item in batch)
             self._note()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
+import shutil
 import signal
+import ssl
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 import redis
 
-from kvstore.errors import AuthenticationError, ConfigError
+from kvstore.errors import AuthenticationError, ConfigError, TransportError
 from kvstore.metadata import IndexEntry, NodeRecord, connect
 from kvstore.metadata.embedded import start_valkey
 from tests.valkey_support import SHARE, redis_cluster
@@ -181,3 +186,48 @@ def test_a_server_that_hangs_is_killed_by_stop(tmp_path):
     os.kill(server.pid, signal.SIGSTOP)
     server.stop(timeout_s=0.1)
     assert server.poll() == -signal.SIGKILL
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A self-signed certificate for 127.0.0.1 and its key, as paths."""
+    place = tmp_path / "tls"
+    place.mkdir()
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(place / "key.pem"), "-out", str(place / "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return place / "cert.pem", place / "key.pem"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+async def test_tls_verifies_the_server(valkey, certificate):
+    """A TLS endpoint in front of the server (whose build may lack TLS)."""
+    cert, key = certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+
+    async def pump(reader, writer):
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def relay(reader, writer):
+        with contextlib.suppress(OSError):
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", valkey.port)
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    listener = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
+    address = f"rediss://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0"
+    trusted = connect(f"{address}?ssl_ca_certs={cert}", timeout_s=5)
+    await trusted.announce(A, [IndexEntry(bytes(32), 5, 1)])
+    assert await trusted.locate([bytes(32)]) == [((A, 5, 1),)]
+    await trusted.close()
+    untrusting = connect(address, timeout_s=5)
+    with pytest.raises(TransportError, match=r"(?i)certificate"):
+        await untrusting.nodes()
+    await untrusting.close()
+    careless = connect(f"{address}?ssl_cert_reqs=none", timeout_s=5)
+    assert await careless.nodes() == []
+    await careless.close()
+    listener.close()

@@ -191,3 +191,11 @@ async def test_a_malformed_key_is_the_callers_mistake():
         assert bench.client.available
         assert await bench.client.lookup([]) == []
         assert (await bench.client.fetch([], namespace=NAMESPACE)).blocks == []
+
+
+async def test_a_fault_of_ours_in_one_stream_is_a_miss_and_said_aloud(caplog):
+    async with Bench() as bench:
+        keys = await bench.store(chain(4))
+        bench.transport.fail[NODES[1].address] = ZeroDivisionError("a bug")
+        assert [b.header.key for b in (await asyncio.wait_for(bench.fetch(keys, deadline_s=60), 5)).blocks] == keys[:1]
+        assert "a bug" in caplog.text

@@ -131,3 +131,20 @@ async def test_a_client_starts_without_any_store():
         await asyncio.sleep(0.02)
     assert len(await bench.client.lookup(keys)) == 2
     await bench.client.close()
+
+
+async def test_a_fault_of_ours_in_one_read_does_not_freeze_the_membership(caplog):
+    async with Bench(refresh_s=0.02) as bench:
+        keys = await bench.store(chain(2))
+        sound = bench.metadata.nodes
+
+        async def faulty():
+            raise ZeroDivisionError("a bug")
+
+        bench.metadata.nodes = faulty
+        await asyncio.sleep(0.1)
+        assert "a bug" in caplog.text
+        assert await bench.client.lookup(keys) == []
+        bench.metadata.nodes = sound
+        await asyncio.sleep(0.2)
+        assert len(await bench.client.lookup(keys)) == 2

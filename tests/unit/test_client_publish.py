@@ -161,3 +161,17 @@ def test_impossible_settings_are_refused():
     for setting in ({"queue_blocks": 0}, {"redis_timeout_s": 0.0}, {"streams_per_node": -1}):
         with pytest.raises(ConfigError, match=next(iter(setting))):
             ClientConfig(**setting)
+
+
+async def test_a_fault_of_ours_in_one_batch_does_not_end_publishing(caplog):
+    blocks = chain(4)
+    async with Bench() as bench:
+        bench.transport.fail[NODES[0].address] = bench.transport.fail[NODES[1].address] = ZeroDivisionError("a bug")
+        bench.client.publish(blocks[:2])
+        assert await bench.client.flush(5)
+        assert bench.count("publish_dropped", "error") == 2
+        assert "a bug" in caplog.text
+        bench.transport.fail.clear()
+        bench.client.publish(blocks[2:])
+        assert await bench.client.flush(5)
+        assert len(set.union(*where(bench))) == 2
