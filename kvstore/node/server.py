@@ -104,8 +104,9 @@ class Server:
                 error = DeadlineError(f"{rpc} took longer than {handler.timeout_s:g} s; ask for less in one call")
             except ConcertinaError as raised:
                 error = raised
-            except (grpc.aio.AbortError, grpc.RpcError):
-                raise
+            except grpc.aio.InternalError:
+                log.debug("the caller of %s went away", rpc)
+                return None
             except Exception as raised:
                 log.exception("%s failed", rpc)
                 error = ConcertinaError(f"{rpc} failed inside the node ({type(raised).__name__}); see the node's log")
