@@ -60,7 +60,7 @@ def marked(prefix: str) -> list[psutil.Process]:
 
 def valkeys(state: Path) -> list[psutil.Process]:
     """Valkeys that were started below `state`."""
-    return [p for p in psutil.process_iter() if any(word.startswith(str(state)) for word in _words(p))]
+    return [p for p in psutil.process_iter() if "valkey-server" in (line := " ".join(_words(p))) and str(state) in line]
 
 
 def _words(process: psutil.Process) -> list[str]:

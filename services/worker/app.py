@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
+from ray.util import get_node_ip_address
 
 from kvstore.clock import SystemClock
 from kvstore.errors import status_name
@@ -148,10 +149,16 @@ class Worker:
         return WorkerRecord(
             id=f"worker-{SystemClock().rng.getrandbits(32):08x}",
             address=args.address,
-            metrics=self._page.address,
+            metrics=_reachable(self._page.address),
             pid=os.getpid(),
             engine=info.engine,
             device=args.device,
             model=info.model,
             codec=info.codec,
         )
+
+
+def _reachable(address: str | None) -> str | None:
+    """`address` with this machine's own in place of a host that stands for all of them."""
+    host, _, port = (address or "").rpartition(":")
+    return f"{get_node_ip_address()}:{port}" if host in ("0.0.0.0", "::") else address
