@@ -27,6 +27,8 @@ class NodeConfig:
     ----------
     redis : str
         Where the cluster's metadata is; empty for a node by itself.
+    prefix : str
+        Start of the names in Redis: which system this node is part of, where several share a server.
     listen : str
         ``host:port`` of the gRPC service; port 0 takes a free one.
     advertise : str
@@ -60,6 +62,7 @@ class NodeConfig:
     """
 
     redis: str = ""
+    prefix: str = "concertina"
     listen: str = "127.0.0.1:0"
     advertise: str = ""
     metrics: str = ""

@@ -86,7 +86,7 @@ class StoreNode:
         policy = eviction.create(config.policy)
         metadata = self._given_metadata
         if metadata is None:
-            metadata = connect(config.redis) if config.redis else InprocMetadata(clock)
+            metadata = connect(config.redis, config.prefix) if config.redis else InprocMetadata(clock)
             stack.push_async_callback(metadata.close)
         self.arena: Arena = create(config.arena, config.device, config.page_bytes)
         stack.callback(self.arena.close)

@@ -13,6 +13,7 @@ from kvstore.settings import load, parse_size
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; what is not given comes from ``CONCERTINA_NODE__…`` or the default."""
     parser.add_argument("--redis", metavar="URL", help="metadata of the cluster to join, such as redis://127.0.0.1:6379/0")
+    parser.add_argument("--prefix", metavar="TEXT", help="start of the names in Redis, where several systems share it (default concertina)")
     parser.add_argument("--listen", metavar="HOST:PORT", help="gRPC service; port 0 takes a free one (default 127.0.0.1:0)")
     parser.add_argument("--advertise", metavar="HOST", help="host under which others reach this node (default: that of --listen)")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="page for Prometheus (default: none)")
@@ -26,6 +27,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; one JSON line on stdout says when and where."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    names = ("redis", "listen", "advertise", "metrics", "device", "policy", "id")
+    names = ("redis", "prefix", "listen", "advertise", "metrics", "device", "policy", "id")
     sizes = {name: None if (text := getattr(args, name)) is None else parse_size(text) for name in ("arena", "page_bytes")}
     return node.run(load(node.NodeConfig, "node", **{name: getattr(args, name) for name in names}, **sizes))

@@ -336,3 +336,16 @@ def test_a_block_larger_than_the_arena_or_without_bytes_is_refused(engine: NodeE
     assert store(engine, block(0, (PAGE * PAGES + 1,)).header) is Status.RESOURCE_EXHAUSTED
     assert store(engine, block(0, (0,)).header) is Status.DATA_LOSS
     assert len(engine.table) == 0
+
+
+def test_a_block_that_a_reader_took_while_a_better_one_was_written_stays(engine: NodeEngine) -> None:
+    worse, better = block(0, (600,), error=0.4), block(0, (600, 600), error=0.1)
+    assert store(engine, worse.header) is Status.OK
+    reservation = engine.reserve(better.header, engine.request())
+    (found,), lease = engine.plan_get([worse.header.key], 0, engine.request())
+    assert engine.commit(reservation) is Status.BUSY
+    assert engine.intact(found)
+    engine.release(lease)
+    engine.check()
+    assert store(engine, better.header) is Status.OK
+    assert not engine.intact(found)
