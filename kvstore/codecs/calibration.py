@@ -145,7 +145,9 @@ def _measure(
     return models.fit(pools), kappa, shape
 
 
-def _prediction(a: torch.Tensor, p: torch.Tensor, q: torch.Tensor, embeddings: torch.Tensor, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+def _prediction(
+    a: torch.Tensor, p: torch.Tensor, q: torch.Tensor, embeddings: torch.Tensor, groups: Sequence[Group]
+) -> dict[str, torch.Tensor]:
     """The predictor as stored: a row of `rank` numbers for each token id, and the map from those to values."""
     table = torch.cat([fit.features(embeddings, ids) @ p.float() for ids in torch.arange(len(embeddings)).split(8192)])
     # Balance the two factors, so that neither leaves float16's range.

@@ -1,7 +1,7 @@
 """The flagship codec: calibrated transform, nested quantizers, rANS. `codec` has the picture.
 
-Modules: `groups` (layout of values) → `moments`, `fit`, `models` (what calibration learns) → `projection` (values ↔ coefficients) → `ladder`,
-`kernels`, `rate`, `coder`, `payload` (coefficients ↔ bytes) → `codec`.
+Modules: `groups` (order of values) → `moments`, `fit`, `models` (what calibration learns) → `projection` (values ↔ coefficients) →
+`ladder`, `kernels`, `rate`, `coder`, `payload` (coefficients ↔ bytes) → `codec`.
 """
 
 from __future__ import annotations

@@ -9,14 +9,15 @@ Errors are white in a space where a unit of error does a unit of harm: weighted 
 calibration measured it. One quantizer step serves all coefficients (reverse water-filling); coefficients too small for it cost nothing.
 Each layer of precision is a pass of finer steps over the one before. No dependence between blocks, nor between groups of layers.
 
-Sources: transform coding of KV caches, KVTC (arXiv 2511.01815); entropy-coded KV, CacheGen (arXiv 2310.07240); attention sinks, StreamingLLM
-(arXiv 2309.17453). Ours: the Fisher weights, the prediction from embeddings, K and V of layer groups jointly, cell-cutting layers.
+Sources: transform coding of KV caches, KVTC (arXiv 2511.01815); entropy-coded KV, CacheGen (arXiv 2310.07240); attention sinks,
+StreamingLLM (arXiv 2309.17453). Ours: Fisher weights, prediction from embeddings, K and V of layer groups jointly, cell-cutting layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,8 @@ class TransformCodec(Codec):
             if self.max_divergence is not None and not self.max_divergence > 0:
                 raise ConfigError(f"max_divergence must be positive, not {self.max_divergence}")
             rungs = self.rungs
-            if len(rungs) > MAX_FIDELITIES or rungs[-1] != self.ratio or any(a <= b for a, b in zip(rungs, rungs[1:], strict=False)):
-                raise ConfigError(f"layers must be at most {MAX_FIDELITIES} falling ratios that end with ratio {self.ratio:g}, not {self.layers}")
+            if not 1 <= len(rungs) <= MAX_FIDELITIES or rungs[-1] != self.ratio or any(a <= b for a, b in pairwise(rungs)):
+                raise ConfigError(f"layers must be 1 to {MAX_FIDELITIES} falling ratios, the last one {self.ratio:g}, not {self.layers}")
 
         @property
         def rungs(self) -> tuple[float, ...]:

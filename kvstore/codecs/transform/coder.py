@@ -42,7 +42,9 @@ class BlockEncoder:
     coefficients : float32 [R, T] of each group, C-contiguous
     """
 
-    def __init__(self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray]
+    ) -> None:
         self.models = models
         self.groups = [
             _Group(c, k, s, np.zeros(c.shape, dtype=np.uint8), np.zeros(c.shape, dtype=np.float32))
@@ -59,11 +61,9 @@ class BlockEncoder:
     def price(self, m: int) -> float:
         """Bytes that a further pass at step index `m` would take."""
         ladder, p = Ladder.of([*self.steps, m]), len(self.steps)
-        book, models = self.models.book, self.models
-        bits = sum(
-            kernels.price(g.c, g.kinds, g.lows, g.kappa, g.shape, p, *ladder.arrays, models.zero, book.cost, book.first, book.shift, book.escape)
-            for g in self.groups
-        )
+        book, zero = self.models.book, self.models.zero
+        tables = (zero, book.cost, book.first, book.shift, book.escape)
+        bits = sum(kernels.price(g.c, g.kinds, g.lows, g.kappa, g.shape, p, *ladder.arrays, *tables) for g in self.groups)
         return bits / 8 + len(self.groups) * (2 * rans.STATE_WORDS + 4) + 2
 
     def layer_within(self, budget: float, guess: int) -> LayerPayload:
@@ -112,9 +112,8 @@ class BlockEncoder:
         ladder, out = Ladder.of(self.steps), []
         for g in self.groups:
             rebuilt = np.empty_like(g.c)
-            kernels.rebuild(
-                g.kinds, g.lows, g.kappa, g.shape, len(self.steps), ladder.steps, ladder.width, ladder.log_width, self.models.centre, rebuilt
-            )
+            cells = (g.kinds, g.lows, g.kappa, g.shape, len(self.steps), ladder.steps, ladder.width, ladder.log_width)
+            kernels.rebuild(*cells, self.models.centre, rebuilt)
             out.append(g.c - rebuilt)
         return out
 

@@ -92,11 +92,13 @@ def fit(samples: list[np.ndarray]) -> Models:
     for parts in range(2, MAX_PARTS + 1):
         for k in range(SLOPES):
             decay = math.sqrt(2) * 2.0 ** ((SLOPE_LOW + (k + 0.5) * CLASS_STEPS) / OCTAVE)
-            rows.append(_padded([max(math.exp(-decay * i), 1e-3) for i in range(parts)])), first.append(0), shift.append(0), escape.append(-1)
+            rows.append(_padded([max(math.exp(-decay * i), 1e-3) for i in range(parts)]))
+            first.append(0), shift.append(0), escape.append(-1)
     book = Book(np.stack(rows), np.array(first), np.array(shift), np.array(escape))
     u = 2.0 ** ((ACTIVE + np.arange(SPAN)) / OCTAVE)
     zero = np.stack([np.round(d.below(DEAD_ZONE / u) * 65535) for d in distributions]).astype(np.uint16)
-    centre = np.stack([[d.centre(DEAD_ZONE / u, 1 / u), d.centre((1 + DEAD_ZONE) / u, 1 / u), d.centre(DEAD_ZONE / u, 1.1 / u)] for d in distributions])
+    cells = [(DEAD_ZONE / u, 1 / u), ((1 + DEAD_ZONE) / u, 1 / u), (DEAD_ZONE / u, 1.1 / u)]
+    centre = np.stack([[d.centre(low, width) for low, width in cells] for d in distributions])
     return Models(book, np.maximum(zero, 1), centre.astype(np.float32))
 
 
@@ -134,7 +136,9 @@ def _fresh(d: _Distribution, u: float) -> tuple[np.ndarray, int, int, int]:
     edges = np.arange(0, (limit + 1) << bits) + DEAD_ZONE
     below = np.concatenate([[0.0], d.below(edges / u)])
     single = np.diff(below) / 2
-    probability = np.array([sum(single[abs(q)] * (2 if q == 0 else 1) for q in range(n, n + (1 << bits)) if abs(q) < len(single)) for n in numbers])
+    single[0] *= 2
+    covered = numbers[:, None] + np.arange(1 << bits)
+    probability = np.where(abs(covered) < len(single), single[np.minimum(abs(covered), len(single) - 1)], 0.0).sum(1)
     outside = max(1.0 - probability.sum(), 0.0)
     keep = probability * 4096 >= 0.5
     outside += probability[~keep].sum()

@@ -1,4 +1,4 @@
-"""Blocks over threads: kernels release the GIL, so a plain pool serves, and numba's own thread layers (not all re-entrant) are not needed."""
+"""Blocks over threads. Kernels release the GIL, so a plain pool serves; numba's own thread layers are not all re-entrant."""
 
 from __future__ import annotations
 

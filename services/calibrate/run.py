@@ -1,0 +1,84 @@
+"""From a model's directory to its profile: the whole of ``concertina calibrate``, callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstore.codecs import KVSample, Profile
+from kvstore.codecs.calibration import calibrate
+from kvstore.errors import ConfigError
+from kvstore.layout import KVLayout
+from services.model.directory import fingerprint
+
+from . import collect, texts, writing
+
+#: Share of the mix that files given by the user make up; the rest keeps a profile fit for what they do not cover.
+GIVEN_SHARE = 0.75
+#: Share of the mix that the model writes itself, when it is not told what to read.
+WRITTEN_SHARE = 0.2
+#: Fewest tokens that can tell a basis from noise.
+MIN_TOKENS = 4 * collect.WINDOW
+
+Report = Callable[[int, int], None]
+
+
+def calibrate_model(
+    model_dir: Path,
+    paths: Sequence[str] = (),
+    *,
+    tokens: int = 50_000,
+    groups: int | str = "auto",
+    device: str = "cpu",
+    report: Report = lambda done, total: None,
+) -> Profile:
+    """Learn the profile of the model in `model_dir`.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Files and directories of text; empty for text that every machine has.
+    tokens : int
+        How many to run through the model.
+    report : callable
+        Told ``(windows done, windows in all)``.
+
+    Raises
+    ------
+    ConfigError
+        For too few tokens, or texts that are missing or too short.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if tokens < MIN_TOKENS:
+        raise ConfigError(f"calibration takes at least {MIN_TOKENS} tokens, not {tokens}")
+    given = texts.read(paths) if paths else []
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    layout = KVLayout.from_model_config(model.config, dtype=torch.float32)
+    windows = _windows(model, tokenizer, given, tokens // collect.WINDOW)
+
+    def counted() -> Iterator[KVSample]:
+        for done, sample in enumerate(collect.samples(model, windows)):
+            report(done, len(windows))
+            yield sample
+        report(len(windows), len(windows))
+
+    facts = {"model": fingerprint(model_dir), "texts": "given" if paths else "everywhere"}
+    return calibrate(layout, counted(), collect.embeddings(model), groups=groups, continued=collect.CONTINUED, facts=facts)
+
+
+def _windows(model: Any, tokenizer: Any, given: list[str], count: int) -> list[list[int]]:
+    everywhere = texts.everywhere()
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    if given:
+        kinds = [(GIVEN_SHARE, given), *((share * (1 - GIVEN_SHARE), documents) for share, documents in everywhere)]
+        return texts.windows(kinds, count, collect.WINDOW, tokenize)
+    written = writing.windows(model, tokenizer, round(count * WRITTEN_SHARE), collect.WINDOW)
+    return written + texts.windows(everywhere, count - len(written), collect.WINDOW, tokenize)

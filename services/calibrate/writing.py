@@ -1,0 +1,56 @@
+"""Text of the model's own: stories, letters, speeches, advice, which no Python carries, sampled from the model it will serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+#: How each piece begins; kinds of writing that sources and manuals lack.
+OPENINGS = (
+    "It was late in the autumn when she returned to the old house, and nothing",
+    "My dear friend,\n\nI have received your letter of the",
+    '"I do not believe a word of it," said the captain,',
+    "Once upon a time, in a village between two mountains, there lived",
+    "Mr. Harding had been a widower for eleven years, and",
+    "The history of the city begins",
+    "Ladies and gentlemen, we are gathered here",
+    "User: My sister wants to learn to cook. What should she start with?\nAssistant:",
+    "The detective looked at the two glasses on the table.",
+    "In the course of the debate the Senator observed that",
+    "Chapter XII\n\nThe morning after the ball,",
+    "WASHINGTON - Officials said on Tuesday that",
+    "Abstract. We study the effect of temperature on",
+    "Recipe for a Sunday dinner\n\nIngredients:",
+    "The patient, a 54-year-old man, presented with",
+    "ACT I\n\nSCENE I. A room in the palace.\n\nENTER the DUKE and",
+)
+
+
+#: Tokens of a piece; longer ones wander.
+PIECE = 512
+
+
+@torch.no_grad()
+def windows(model: Any, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """`count` windows of `tokens` token ids, each of several pieces, sampled at temperature 1 from the upper 95 %.
+
+    At most as many as there are openings for; all pieces are sampled in one batch.
+    """
+    each = -(-tokens // PIECE)
+    count = min(count, len(OPENINGS) // each)
+    if not count:
+        return []
+    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    batch = tokenizer(list(OPENINGS[: count * each]), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    length = -(-tokens // each)
+    # `generate` samples from torch's global generator: a caller's random state stays its own.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = model.generate(
+            **batch, do_sample=True, temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=length, min_new_tokens=length,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    padding = (batch["attention_mask"] == 0).sum(1).tolist()
+    pieces = [row[skip : skip + length] for row, skip in zip(made.tolist(), padding, strict=True)]
+    return [[t for piece in pieces[i::count] for t in piece][:tokens] for i in range(count)]
