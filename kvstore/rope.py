@@ -126,7 +126,8 @@ def _from_parameters(config: Any, parameters: dict[str, Any], head_dim: int) -> 
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None)
     if theta is None:
         return RopeSpec()
-    partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or getattr(config, "rotary_pct", None)
+    partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    partial = partial or getattr(config, "rotary_pct", None)
     dim = int(head_dim * (partial or 1.0)) // 2 * 2
     inv_freq = [float(theta) ** (-2.0 * i / dim) for i in range(dim // 2)]
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -155,7 +156,9 @@ def _llama3(freq: float, factor: float, parameters: dict[str, Any], original: in
     return (1 - smooth) * freq / factor + smooth * freq
 
 
-def _yarn(inv_freq: list[float], dim: int, theta: float, factor: float, parameters: dict[str, Any], original: int) -> tuple[list[float], float]:
+def _yarn(
+    inv_freq: list[float], dim: int, theta: float, factor: float, parameters: dict[str, Any], original: int
+) -> tuple[list[float], float]:
     """YaRN (arXiv 2309.00071): interpolate slow pairs, keep fast ones, scale attention."""
     fast, slow = float(parameters.get("beta_fast") or 32), float(parameters.get("beta_slow") or 1)
 

@@ -16,7 +16,11 @@ from typing import Any, TypeVar
 from .errors import ConfigError
 
 C = TypeVar("C")
-_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 2**10, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for unit, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
 
 
 def parse_size(text: str | int) -> int:
@@ -62,6 +66,9 @@ def load(config: type[C], part: str, **overrides: Any) -> C:
 
 
 def _convert(name: str, text: str, hint: Any) -> Any:
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if options:  # ``int | None`` takes what ``int`` takes
+        hint = options[0]
     try:
         if hint is bool:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]

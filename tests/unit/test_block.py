@@ -79,7 +79,8 @@ def sealed(mutate) -> bytes:
 
 @pytest.mark.parametrize(
     ("offset", "format_", "value"),
-    [(15, "<B", 0), (15, "<B", 9), (16, "<B", 0), (16, "<B", 2), (17, "<B", 1), (18, "<H", 0), (28, "<I", 0), (28, "<I", 1 << 20), (169, "<I", 1 << 31)],
+    [(15, "<B", 0), (15, "<B", 9), (16, "<B", 0), (16, "<B", 2), (17, "<B", 1), (18, "<H", 0), (28, "<I", 0), (28, "<I", 1 << 20),
+     (169, "<I", 1 << 31)],
     ids=["no layers", "too many", "none present", "gap", "flags", "no model layers", "no tokens", "too many tokens", "payload too large"],
 )  # fmt: skip
 def test_hostile_header_with_a_right_crc(offset, format_, value):

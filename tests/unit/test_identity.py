@@ -18,7 +18,7 @@ def test_every_field_changes_the_namespace():
              "tensor_parallel_rank": 1, "tensor_parallel_size": 2, "block_tokens": 128, "tenant": "t"}  # fmt: skip
     digests = {namespace(BASE)} | {namespace(replace(BASE, **{name: value})) for name, value in other.items()}
     assert len(digests) == len(other) + 1
-    assert set(other) == {f for f in NamespaceFields.__dataclass_fields__}
+    assert set(other) == set(NamespaceFields.__dataclass_fields__)
 
 
 def test_adapter_is_never_taken_for_tenant():

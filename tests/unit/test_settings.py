@@ -13,9 +13,10 @@ class Config:
     arena_bytes: int = 1
     name: str = "n"
     strict: bool = False
+    limit: int | None = None
 
 
-@pytest.mark.parametrize(("text", "size"), [("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), (4096, 4096), ("7", 7)])
+@pytest.mark.parametrize(("text", "size"), [("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), (4096, 4096), ("7", 7), ("2T", 2 * 10**12)])
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -29,7 +30,8 @@ def test_no_size(text):
 def test_environment_then_overrides(monkeypatch):
     monkeypatch.setenv("CONCERTINA_NODE__ARENA_BYTES", "2KiB")
     monkeypatch.setenv("CONCERTINA_NODE__STRICT", "true")
-    assert load(Config, "node", name=None) == Config(2048, "n", True)
+    monkeypatch.setenv("CONCERTINA_NODE__LIMIT", "1MiB")
+    assert load(Config, "node", name=None) == Config(2048, "n", True, 1 << 20)
     assert load(Config, "node", arena_bytes=5).arena_bytes == 5
 
 
