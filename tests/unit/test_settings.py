@@ -16,7 +16,10 @@ class Config:
     limit: int | None = None
 
 
-@pytest.mark.parametrize(("text", "size"), [("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), (4096, 4096), ("7", 7), ("2T", 2 * 10**12)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9), (4096, 4096), ("7", 7), ("2T", 2 * 10**12)],
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
