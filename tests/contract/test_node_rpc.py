@@ -94,6 +94,24 @@ async def test_frames_are_bounded(stub) -> None:
     assert sizes == [1 << 20, 1 << 20, 2_500_000 - (2 << 20)]
 
 
+async def test_small_blocks_can_share_messages(stub) -> None:
+    blocks = [block(i, (90_000,)) for i in range(20)]
+    each = [next(frames([b])) for b in blocks]
+    for index, frame in enumerate(each):
+        frame.index = index
+    answer = await stub.Put(iter([pb.PutRequest(more=each[:10]), pb.PutRequest(more=each[10:])]))
+    assert list(answer.statuses) == [OK] * 20
+    keys = [b.header.key for b in blocks]
+    messages = [m async for m in stub.Get(pb.GetRequest(keys=[*keys, digest(b"x")], pack=True))]
+    assert len(messages) == 2, "1 MiB each"
+    got = [f for m in messages for f in (m, *m.more)]
+    assert [(f.index, f.status) for f in got] == [*((i, OK) for i in range(20)), (20, NOT_FOUND)]
+    assert [EncodedBlock.from_bytes(f.header + f.payload).to_bytes() for f in got[:-1]] == [b.to_bytes() for b in blocks]
+    plain = [m async for m in stub.Get(pb.GetRequest(keys=keys))]
+    assert len(plain) == 20, "only who asks for it gets packed frames"
+    assert not any(m.more for m in plain)
+
+
 async def test_less_fidelity_on_request_is_a_valid_smaller_block(stub) -> None:
     full = block(0, (100, 200, 300))
     await put(stub, [full])

@@ -13,8 +13,11 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from ..config import FRAME_BYTES
 from ..engine import Found
 from ..status import Status
-from ..wire import get_frame
+from ..wire import get_frame, pack
 from .base import Handler
+
+#: Where the caller reads packed frames, a message is filled up to here.
+PACK_BYTES = 1 << 20
 
 
 class Get(Handler):
@@ -31,16 +34,18 @@ class Get(Handler):
         asked = self.parse(request)
         engine = self.service.engine
         plan, lease = engine.plan_get(asked.keys, asked.max_fidelity, engine.request(asked.input_tokens))
+        outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
                 if found is None or not engine.intact(found):
-                    await context.write(get_frame(index, Status.NOT_FOUND))
+                    await outgoing.send(get_frame(index, Status.NOT_FOUND))
                 else:
-                    await self._send(index, found, context)
+                    await self._send(index, found, outgoing)
+            await outgoing.flush()
         finally:
             engine.release(lease)
 
-    async def _send(self, index: int, found: Found, context: grpc.aio.ServicerContext) -> None:
+    async def _send(self, index: int, found: Found, outgoing: Outgoing) -> None:
         header = found.header.to_bytes()
         size = found.header.payload_bytes
         for offset in range(0, size, FRAME_BYTES):
@@ -48,7 +53,39 @@ class Get(Handler):
             if self.service.engine.intact(found):
                 pieces = await self.service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, size - offset))
             if not pieces or not self.service.engine.intact(found):
-                await context.write(get_frame(index, Status.DATA_LOSS if offset else Status.NOT_FOUND))
+                await outgoing.send(get_frame(index, Status.DATA_LOSS if offset else Status.NOT_FOUND))
                 return
-            await context.write(get_frame(index, Status.OK, header, pieces))
+            await outgoing.send(get_frame(index, Status.OK, header, pieces))
             header = b""
+
+
+class Outgoing:
+    """The frames of one Get stream on their way out; small ones wait for each other until they make a message.
+
+    Parameters
+    ----------
+    context : ServicerContext
+    pack_bytes : int
+        Bytes from which on a message is sent; 0 sends each frame alone.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext, pack_bytes: int) -> None:
+        self._context = context
+        self._pack_bytes = pack_bytes
+        self._frames: list[bytes] = []
+        self._size = 0
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame, perhaps later."""
+        if self._size + len(frame) > self._pack_bytes:
+            await self.flush()
+        self._frames.append(frame)
+        self._size += len(frame)
+        if self._size >= self._pack_bytes:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        if self._frames:
+            frames, self._frames, self._size = self._frames, [], 0
+            await self._context.write(pack(frames))

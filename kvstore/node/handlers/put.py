@@ -34,8 +34,9 @@ class Put(Handler):
             raise TransportError("this node is shutting down and takes no more blocks; put them on another")
         incoming = Incoming(self.service)
         try:
-            async for frame in request:
-                await incoming.take(parse_put(frame))
+            async for message in request:
+                for frame in parse_put(message):
+                    await incoming.take(frame)
             incoming.finish()
         finally:
             incoming.abandon()

@@ -71,38 +71,44 @@ class BlockSummary(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., status: _Optional[_Union[BlockStatus, str]] = ..., size_bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., fidelities: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., parent: _Optional[bytes] = ..., codec: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., pinned: _Optional[bool] = ..., namespace: _Optional[bytes] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "max_fidelity", "input_tokens")
+    __slots__ = ("keys", "max_fidelity", "input_tokens", "pack")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     MAX_FIDELITY_FIELD_NUMBER: _ClassVar[int]
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PACK_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     max_fidelity: int
     input_tokens: int
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., max_fidelity: _Optional[int] = ..., input_tokens: _Optional[int] = ...) -> None: ...
+    pack: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., max_fidelity: _Optional[int] = ..., input_tokens: _Optional[int] = ..., pack: _Optional[bool] = ...) -> None: ...
 
 class GetResponse(_message.Message):
-    __slots__ = ("index", "status", "header", "payload")
+    __slots__ = ("index", "status", "header", "payload", "more")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     index: int
     status: BlockStatus
     header: bytes
     payload: bytes
-    def __init__(self, index: _Optional[int] = ..., status: _Optional[_Union[BlockStatus, str]] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[GetResponse]
+    def __init__(self, index: _Optional[int] = ..., status: _Optional[_Union[BlockStatus, str]] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., more: _Optional[_Iterable[_Union[GetResponse, _Mapping]]] = ...) -> None: ...
 
 class PutRequest(_message.Message):
-    __slots__ = ("index", "header", "payload", "input_tokens")
+    __slots__ = ("index", "header", "payload", "input_tokens", "more")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     index: int
     header: bytes
     payload: bytes
     input_tokens: int
-    def __init__(self, index: _Optional[int] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., input_tokens: _Optional[int] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[PutRequest]
+    def __init__(self, index: _Optional[int] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., input_tokens: _Optional[int] = ..., more: _Optional[_Iterable[_Union[PutRequest, _Mapping]]] = ...) -> None: ...
 
 class PutResponse(_message.Message):
     __slots__ = ("statuses",)
