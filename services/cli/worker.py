@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
 
-from kvstore.errors import ConfigError, TransportError
+from kvstore import errors
+from kvstore.errors import ConcertinaError, ConfigError, TransportError
 from services.system.checks import check_codec, check_device, check_engine, check_listen, check_redis, local_model
 
 READY_TIMEOUT_S = 60.0
@@ -106,9 +108,18 @@ def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise TransportError(f"the worker did not start: {error}") from error
+        raise _cause(str(error)) from error
     _wait_until_it_answers(address)
     return address
+
+
+def _cause(message: str) -> ConcertinaError:
+    """Our own error that kept a replica from starting, out of the traceback that Serve gives as text."""
+    found = re.findall(r"^kvstore\.errors\.(\w+): (.*)$", message, re.MULTILINE)
+    kind = getattr(errors, found[-1][0], None) if found else None
+    if isinstance(kind, type) and issubclass(kind, ConcertinaError):
+        return kind(found[-1][1])
+    return TransportError(f"the worker did not start: {message}")
 
 
 def _wait_until_it_answers(address: str) -> None:

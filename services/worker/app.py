@@ -55,7 +55,8 @@ def build(args: WorkerArgs) -> Application:
     ).bind(args)
 
 
-@serve.deployment(graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.5, health_check_period_s=5)
+# A constructor that fails, fails again: what it was told is wrong. Redis and nodes may be away without that.
+@serve.deployment(max_constructor_retry_count=1, graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.5, health_check_period_s=5)
 class Worker:
     """One replica. Its methods are the RPCs of `InferenceService` and of `grpc.health.v1.Health`, by name."""
 

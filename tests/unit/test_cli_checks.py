@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from kvstore.errors import ConfigError, NotFoundError
-from services.cli import COMMANDS, main
+from kvstore.errors import ConfigError, NotFoundError, TransportError
+from services.cli import COMMANDS, main, worker
 from services.system import record
 
 
@@ -127,3 +127,11 @@ def test_each_command_explains_itself(command, capsys):
         main([command, "--help"])
     assert ended.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_a_replicas_own_error_is_found_in_serves_text():
+    text = "Deploying concertina failed: Traceback …\n  File x\nkvstore.errors.ConfigError: codec needs a profile; make one\nmore"
+    cause = worker._cause(text)
+    assert isinstance(cause, ConfigError) and str(cause) == "codec needs a profile; make one"
+    assert isinstance(worker._cause("kvstore.errors.Path: x"), TransportError)
+    assert isinstance(worker._cause("no trace of ours"), TransportError)
