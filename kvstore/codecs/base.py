@@ -8,6 +8,7 @@ Shape suffixes: B block, L model layer, H KV head, T token, D head dim. "Layer" 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -317,6 +318,12 @@ def is_finite(x: torch.Tensor) -> bool:
 def relative_error(x_B: torch.Tensor, decoded_B: torch.Tensor) -> list[float]:
     """Sum of squared errors over sum of squares of each block [B, …]; 0 for a block of zeros that is decoded as zeros."""
     x, y = x_B.flatten(1).float(), decoded_B.flatten(1).float()
-    error, energy = (x - y).square().sum(1), x.square().sum(1)
-    ratio = torch.where(energy > 0, error / energy, torch.where(error > 0, 1.0, 0.0))
-    return [float(r) for r in ratio.nan_to_num(nan=1.0, posinf=3e38)]
+    pairs = torch.stack(((x - y).square().sum(1), x.square().sum(1)), 1).tolist()
+    return [relative(error, energy) for error, energy in pairs]
+
+
+def relative(error: float, energy: float) -> float:
+    """`error` / `energy`; 0 where there was nothing to lose, 1 where squares overflow float32."""
+    if not math.isfinite(error) or not math.isfinite(energy):
+        return 1.0
+    return error / energy if energy > 0 else float(error > 0)
