@@ -145,6 +145,23 @@ class Metadata(ABC):
         """The announced holders of each key, dead ones included, in the order of `keys`; one round trip for thousands."""
 
     @abstractmethod
+    async def scan(self, cursor: int, limit: int) -> tuple[list[tuple[bytes, tuple[Location, ...]]], int]:
+        """A part of the whole index, to find what nobody looks up any more.
+
+        Parameters
+        ----------
+        cursor : int
+            0 to begin, then what the call before returned.
+        limit : int
+            Bounds the work of this call (buckets, in Redis), not the number of entries.
+
+        Returns
+        -------
+        list of (key, holders), int
+            And the next cursor, 0 after the last part. Entries that change meanwhile may be missed.
+        """
+
+    @abstractmethod
     async def heartbeat(self, record: NodeRecord, ttl_s: float = NODE_TTL_S) -> bool:
         """Keep a node alive for `ttl_s` seconds.
 

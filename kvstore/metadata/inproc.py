@@ -80,6 +80,12 @@ class InprocMetadata(Metadata):
         holders = self._reach().holders
         return [tuple(holders.get(key, {}).values()) for key in keys]
 
+    async def scan(self, cursor: int, limit: int) -> tuple[list[tuple[bytes, tuple[Location, ...]]], int]:
+        holders = self._reach().holders
+        keys = sorted(holders)
+        part = [(key, tuple(holders[key].values())) for key in keys[cursor : cursor + limit]]
+        return part, cursor + limit if cursor + limit < len(keys) else 0
+
     async def heartbeat(self, record: NodeRecord, ttl_s: float = NODE_TTL_S) -> bool:
         check_incarnation(record.incarnation)
         nodes, now = self._reach().nodes, self.clock.now()

@@ -12,6 +12,9 @@ Holders are packed: 8 bytes of incarnation, size u32, fidelity u8, 13 bytes each
 and, up to 10 million blocks (76 a bucket), Redis keeps every bucket in its compact form (hash-max-listpack-*, ≤ 128 × 64 bytes):
 about 60 bytes a block instead of the 200 and more of one key each. Buckets spread over all slots, so one namespace uses every
 shard. No command touches two keys, no script loops beyond the fields it was given.
+
+An ACL user needs ``~concertina:*`` and HGET HSET HDEL HGETALL GET SET DEL SADD SREM SMEMBERS EVAL EVALSHA SCRIPT|LOAD, on a cluster
+also CLUSTER|SLOTS and ASKING.
 """
 
 from __future__ import annotations
@@ -170,6 +173,15 @@ class RedisMetadata(Metadata):
                 found.append(places)
         return found
 
+    async def scan(self, cursor: int, limit: int) -> tuple[list[tuple[bytes, tuple[Location, ...]]], int]:
+        stop = min(cursor + limit, 1 << BUCKET_BITS)
+        buckets = [self._bucket_name(number) for number in range(cursor, stop)]
+        entries = []
+        for flat in await self._run((bucket, pack("HGETALL", bucket)) for bucket in buckets):
+            if isinstance(flat, list):
+                entries += [(key, _locations(value)) for key, value in zip(flat[::2], flat[1::2], strict=False) if len(key) == DIGEST_BYTES]
+        return entries, stop if stop < 1 << BUCKET_BITS else 0
+
     async def heartbeat(self, record: NodeRecord, ttl_s: float = NODE_TTL_S) -> bool:
         check_incarnation(record.incarnation)
         value, ttl_ms = _json(record), max(1, int(ttl_s * 1000))
@@ -240,7 +252,10 @@ class RedisMetadata(Metadata):
         await self.shards.close()
 
     def _bucket(self, key: bytes) -> bytes:
-        return b"%s:b:%05x" % (self._prefix, int.from_bytes(key[:4], "big") >> (32 - BUCKET_BITS))
+        return self._bucket_name(int.from_bytes(key[:4], "big") >> (32 - BUCKET_BITS))
+
+    def _bucket_name(self, number: int) -> bytes:
+        return b"%s:b:%05x" % (self._prefix, number)
 
     def _key(self, *words: str) -> bytes:
         return b":".join((self._prefix, *(w.encode() for w in words)))

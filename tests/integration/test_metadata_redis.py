@@ -141,7 +141,7 @@ async def test_password_and_users(tmp_path):
     try:
         with redis.Redis(port=server.port, password="letmein") as direct:
             # All that nodes and clients need.
-            rules = ["~concertina:*", "+hget", "+hset", "+hdel", "+get", "+set", "+del", "+sadd", "+srem", "+smembers"]
+            rules = ["~concertina:*", "+hget", "+hset", "+hdel", "+hgetall", "+get", "+set", "+del", "+sadd", "+srem", "+smembers"]
             direct.execute_command("ACL", "SETUSER", "node", "on", ">pw", "resetkeys", "-@all", *rules, "+eval", "+evalsha", "+script|load")
         metadata = connect(f"redis://node:pw@127.0.0.1:{server.port}/0", timeout_s=5)
         key = os.urandom(32)
@@ -149,6 +149,7 @@ async def test_password_and_users(tmp_path):
         assert await metadata.heartbeat(NODE, 5) is False
         assert await metadata.nodes() == [NODE]
         assert len((await metadata.locate([key]))[0]) == 1
+        assert (await metadata.scan(0, 10))[1] == 10
         await metadata.withdraw(A, [key])
         await metadata.leave(NODE)
         await metadata.close()
