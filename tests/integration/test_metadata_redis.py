@@ -209,14 +209,14 @@ async def test_tls_verifies_the_server(valkey, certificate):
     context.load_cert_chain(cert, key)
 
     async def pump(reader, writer):
-        while data := await reader.read(65536):
-            writer.write(data)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
         writer.close()
 
     async def relay(reader, writer):
-        with contextlib.suppress(OSError):
-            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", valkey.port)
-            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", valkey.port)
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
 
     listener = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
     address = f"rediss://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0"
