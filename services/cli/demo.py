@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from services.system import launch, record, session
-from services.system.checks import bound_port, check_count, local_model
+from services.system.checks import bound_port, check_codec, check_count, local_model
 from services.system.plan import Plan
+
+if TYPE_CHECKING:
+    from services.demo.story import Row
 
 NAME = "demo"
 NODES = 2
@@ -24,54 +29,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from services.system.checks import check_codec
-
     record.directory_of(args.name)
     check_codec(args.codec)
     check_count("--arena-mib", args.arena_mib, 8, 1 << 20)
     plan = Plan(args.name, local_model(args.model), nodes=NODES, arena_bytes=args.arena_mib << 20, codec=args.codec)
+    began = time.monotonic()
     try:
         with session.interruptible(), session.fresh_system(args.name) as system:
-            kept = _play(plan, system, args.json)
+            rows = _play(plan, system)
             _say("taking everything down …")
             session.end(system)
     except session.Interrupted as interrupted:
         print("concertina demo: interrupted; nothing was left running", file=sys.stderr)
         return interrupted.status
-    return 0 if kept else 1
+    _tell(rows, time.monotonic() - began, args.json)
+    return 0 if all(row.good for row in rows) else 1
 
 
 def _say(line: str) -> None:
     print(f"demo: {line}", file=sys.stderr, flush=True)
 
 
-def _play(plan: Plan, system: record.SystemRecord, as_json: bool) -> bool:
-    """Bring the system up, play the scenes and tell of them; whether all promises were kept."""
-    from rich.console import Console
-
+def _play(plan: Plan, system: record.SystemRecord) -> list[Row]:
+    """Bring the system up and play the scenes."""
     from services.demo.client import Client
     from services.demo.store import Store
     from services.demo.story import Story
-    from services.demo.tell import as_json as rows_as_json
-    from services.demo.tell import tell
 
-    began = time.monotonic()
     _say(f"bringing up Redis, {plan.nodes} store nodes of {plan.arena_bytes >> 20} MiB and a worker …")
     launch.launch(plan, system, _say)
-    other = Plan(plan.name, plan.model, nodes=plan.nodes, codec="raw")
     address = f"127.0.0.1:{bound_port('127.0.0.1', 0)}"
-    child = launch.start_worker(other, system, "worker-2", address)
     _say("and a second worker process, on the same nodes …")
-    launch.wait([child], _say)
-    clients = [Client(system.inference or ""), Client(address)]
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    story = Story(*clients, Store(system.redis or ""), _say)
+    launch.wait([launch.start_worker(dataclasses.replace(plan, codec="raw"), system, "worker-2", address)], _say)
+    first, second = Client(system.inference or ""), Client(address)
+    story = Story(first, second, Store(system.redis or ""), _say)
     for row in story.run():
         _say(f"  {'kept' if row.good else 'NOT KEPT'}: {row.scene}: {row.outcome}")
-    for client in clients:
-        client.close()
+    first.close()
+    second.close()
+    return story.rows
+
+
+def _tell(rows: list[Row], seconds: float, as_json: bool) -> None:
+    from rich.console import Console
+
+    from services.demo import tell
+
     if as_json:
-        print(json.dumps({"seconds": time.monotonic() - began, "scenes": rows_as_json(story.rows)}))
+        print(json.dumps({"seconds": seconds, "scenes": tell.as_json(rows)}))
     else:
-        tell(console, story.rows, time.monotonic() - began)
-    return all(row.good for row in story.rows)
+        tell.tell(Console(width=None if sys.stdout.isatty() else 150), rows, seconds)
