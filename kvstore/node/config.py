@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from kvstore.errors import ConfigError
+from kvstore.eviction import DEFAULT
 
 #: Most keys that one call may name.
 MAX_KEYS = 65_536
@@ -68,7 +69,7 @@ class NodeConfig:
     metrics: str = ""
     arena: int = 256 << 20
     device: str = "cpu"
-    policy: str = "lru"
+    policy: str = DEFAULT
     id: str = ""
     page_bytes: int = 4096
     heartbeat_s: float = 0.5

@@ -259,22 +259,27 @@ class NodeEngine:
     def reserved_bytes(self) -> int:
         return self.reserved_pages * self.config.page_bytes
 
-    def check(self) -> None:
-        """Verify the account down to each page, and the holds; O(n log n) in the number of blocks.
+    def check_sums(self) -> None:
+        """Verify the law on the sums that are kept: used + reserved + free = arena; O(1).
 
         Raises
         ------
         AccountingError
-            If anything does not add up: a bug, and reason enough not to trust this node.
+            If it does not hold: a bug, and reason enough not to trust this node.
         """
+        if self.table.pages + self.reserved_pages != self.allocator.used_pages:
+            kept = f"blocks have {self.table.pages} and writers {self.reserved_pages}"
+            raise AccountingError(f"{self.allocator.used_pages} of {self.allocator.pages} pages are allocated, {kept}")
+
+    def check(self) -> None:
+        """Verify the account down to each page, and the holds; O(n log n) in the number of blocks. Raises like `check_sums`."""
+        self.check_sums()
         self.allocator.check()
         counted = sum(entry.pages for entry in self.table)
         reserved = sum(r.pages for r in self._writing.values())
         if (counted, reserved) != (self.table.pages, self.reserved_pages):
             sums = f"{self.table.pages} and {self.reserved_pages}"
             raise AccountingError(f"blocks hold {counted} pages and writers {reserved}, the sums say {sums}")
-        if counted + reserved != self.allocator.used_pages:
-            raise AccountingError(f"{self.allocator.used_pages} pages are allocated, blocks and writers hold {counted + reserved}")
         holds = sum(entry.holds for entry in self.table)
         promised = self.leases.holds + len(self.pins) + sum(r.parent is not None for r in self._writing.values())
         if holds != promised:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 
 class LeaseTable:
@@ -93,6 +94,7 @@ class PinTable:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._pins: dict[bytes, tuple[float, int]] = {}
+        self._earliest = math.inf  # no pin ends before
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -108,6 +110,7 @@ class PinTable:
         bool or None
             True for a new pin, False for one that was there already, None if the bound on bytes forbids it.
         """
+        self._earliest = min(self._earliest, until)
         if key in self._pins:
             end, size = self._pins[key]
             self._pins[key] = (max(end, until), size)
@@ -128,10 +131,10 @@ class PinTable:
 
     def expire(self, now: float) -> list[bytes]:
         """End all pins that are over. Returns their keys."""
-        return self._end(key for key, (end, _) in self._pins.items() if end <= now)
-
-    def _end(self, keys: Iterable[bytes]) -> list[bytes]:
-        ended = list(keys)
+        if now < self._earliest:
+            return []
+        ended = [key for key, (end, _) in self._pins.items() if end <= now]
         for key in ended:
             self.unpin(key)
+        self._earliest = min((end for end, _ in self._pins.values()), default=math.inf)
         return ended

@@ -180,3 +180,15 @@ async def test_a_reader_slower_than_its_lease_loses_the_block_and_never_reads_an
             assert frames_[-1].status in (pb.BLOCK_STATUS_NOT_FOUND, pb.BLOCK_STATUS_DATA_LOSS)
             assert payload.startswith(data)
     assert 0 < whole < 8, "some went out before, some were lost"
+
+
+async def test_a_node_whose_account_does_not_add_up_takes_no_more_blocks(state: InprocState, clock: ManualClock) -> None:
+    node = StoreNode(CONFIG, InprocMetadata(clock, state), clock)
+    await node.start()
+    node.engine.allocator.alloc(1)
+    await asyncio.wait_for(node.failed.wait(), 10)
+    async with grpc.aio.insecure_channel(node.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rpc.KVStoreServiceStub(channel).Put(frames(chain(1)))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await node.stop()

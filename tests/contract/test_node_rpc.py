@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvstore.arena.device import CpuArena
 from kvstore.block import EncodedBlock, Provenance
 from kvstore.errors import ConfigError
 from kvstore.identity import digest
@@ -28,7 +29,7 @@ DATA_LOSS, EXISTS, BUSY = pb.BLOCK_STATUS_DATA_LOSS, pb.BLOCK_STATUS_ALREADY_EXI
 
 @pytest_asyncio.fixture
 async def node() -> AsyncIterator[StoreNode]:
-    one = StoreNode(NodeConfig(arena=4 << 20, metrics="127.0.0.1:0", id="n1"), InprocMetadata())
+    one = StoreNode(NodeConfig(arena=4 << 20, metrics="127.0.0.1:0", id="n1", policy="lru"), InprocMetadata())
     await one.start()
     yield one
     one.engine.check()
@@ -341,3 +342,29 @@ async def test_two_nodes_cannot_share_an_address(node: StoreNode) -> None:
         await StoreNode(NodeConfig(arena=1 << 20, listen=node.address), InprocMetadata()).start()
     with pytest.raises(ConfigError, match="--metrics"):
         await StoreNode(NodeConfig(arena=1 << 20, metrics=node.record.metrics), InprocMetadata()).start()
+
+
+class ElsewhereArena(CpuArena):
+    """Behaves as memory of another device does: only a copy of it can be read, by a thread."""
+
+    device = "cuda:0"
+
+    def _load(self, start: int, length: int) -> bytes:
+        return bytes(super()._load(start, length))
+
+
+async def test_an_arena_on_another_device_is_copied_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.node.node.create", lambda size, device, page_bytes: ElsewhereArena(size, page_bytes))
+    node = StoreNode(NodeConfig(arena=8 << 20, device="cuda"), InprocMetadata())
+    await node.start()
+    async with grpc.aio.insecure_channel(node.address) as channel:
+        stub = rpc.KVStoreServiceStub(channel)
+        blocks = [*chain(5), block(9, (3_000_000,))]
+        assert await put(stub, blocks, 3 << 20) == [OK] * 6
+        answers = await get(stub, [b.header.key for b in blocks])
+        assert [blob for _, blob in answers.values()] == [b.to_bytes() for b in blocks]
+        damaged = next(frames([block(10, (2_000_000,))], 3 << 20))
+        damaged.payload = b"x" + damaged.payload[1:]
+        assert list((await stub.Put(iter([damaged]))).statuses) == [DATA_LOSS]
+    node.engine.check()
+    await node.stop()

@@ -89,3 +89,13 @@ def test_the_machine_is_known() -> None:
     assert available_memory() > 0
     assert host_identity() == host_identity()
     assert ":" in host_identity()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_arena_reads_back_what_was_written() -> None:
+    arena = create(16 << 20, "cuda", PAGE)
+    extents = [Extent(3000, 1000), Extent(10, 500)]
+    content = random.Random(0).randbytes(1500 * PAGE - 7)
+    arena.write(extents, 5, content)
+    assert b"".join(arena.read(extents, 5, len(content))) == content
+    assert arena.tensor.device.type == "cuda"

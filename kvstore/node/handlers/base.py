@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from prometheus_client import Histogram
 
 from kvstore.arena import Arena
 from kvstore.errors import InvalidInputError
@@ -32,6 +33,13 @@ class Service:
     metrics: Metrics
     record: NodeRecord
     admitting: bool = True
+    distortion_keys: Histogram = field(init=False)
+    distortion_values: Histogram = field(init=False)
+
+    def __post_init__(self) -> None:
+        series = self.metrics.block_distortion
+        self.distortion_keys = series.labels(node=self.record.id, part="keys")
+        self.distortion_values = series.labels(node=self.record.id, part="values")
 
 
 class Handler(ABC):

@@ -92,7 +92,9 @@ class Incoming:
             reservation, self._reservation = self._reservation, None
             status = self._service.engine.commit(reservation)
             if status is Status.OK:
-                self._observe(reservation.header)
+                distortion = reservation.header.rows[reservation.header.present - 1].distortion
+                self._service.distortion_keys.observe(distortion.keys)
+                self._service.distortion_values.observe(distortion.values)
         self.statuses.append(status)
         self._open = False
 
@@ -127,10 +129,3 @@ class Incoming:
         self.abandon()
         self._refusal = Status.DATA_LOSS
         self._service.metrics.corrupt_blocks.labels(where="put").inc()
-
-    def _observe(self, header: BlockHeader) -> None:
-        distortion = header.rows[header.present - 1].distortion
-        series = self._service.metrics.block_distortion
-        node = self._service.record.id
-        series.labels(node=node, part="keys").observe(distortion.keys)
-        series.labels(node=node, part="values").observe(distortion.values)
