@@ -42,7 +42,8 @@ class Shards:
         self._setup = list(setup)
         self._connections: dict[Endpoint, RespConnection] = {}
         self._opening: dict[Endpoint, asyncio.Task[RespConnection]] = {}
-        self._owners: list[Endpoint] | None = None  # of each slot; empty list: no cluster
+        self._owners: list[Endpoint] | None = None  # of each slot; empty: no cluster; None: not known
+        self._members: set[Endpoint] = set()  # owners when last heard, to ask when `endpoint` is gone
         self._closed = False
 
     async def run(self, commands: Sequence[bytes], keys: Sequence[bytes]) -> list[Any]:
@@ -62,8 +63,7 @@ class Shards:
             self._drop(used)
             raise error_of_exception(error, f"{self.timeout_s:g} s for {len(commands)} commands") from error
         except TransportError:
-            self._owners = self._owners or None  # what we took for a single server may come back as a cluster
-            self._drop({e for e in used if e in self._connections and not self._connections[e].usable})
+            self._drop(used)  # a server that was demoted answers READONLY for ever: the next call connects anew
             raise
 
     async def primaries(self) -> list[Endpoint]:
@@ -131,7 +131,8 @@ class Shards:
     async def _topology(self) -> list[Endpoint]:
         """The owner of each slot, or an empty list; asked for once, and again after a redirection or a lost connection."""
         if self._owners is None:
-            known = list(dict.fromkeys([self.endpoint, *self._connections]))
+            connected = [member for member, connection in self._connections.items() if connection.usable]
+            known = list(dict.fromkeys([*connected, self.endpoint, *self._members]))
             for number, member in enumerate(known, 1):
                 try:
                     connection = await self._connection(member)
@@ -141,6 +142,7 @@ class Shards:
                         raise
                     continue
                 self._owners = [] if isinstance(reply, ReplyError) else self._owners_of(reply, member)
+                self._members = set(self._owners)
                 break
         return self._owners or []
 
@@ -191,8 +193,7 @@ class Shards:
             self._connections[member] = task.result()
 
     def _drop(self, members: set[Endpoint]) -> None:
-        """Forget connections, and with them what we believed of the topology."""
+        """Forget connections, and with them what we believed of the topology: it is asked for again."""
         for member in members & set(self._connections):
             self._connections.pop(member).abort()
-        if members and self._owners:
-            self._owners = None
+        self._owners = None

@@ -147,6 +147,62 @@ async def test_a_connection_that_breaks_fails_everyone_who_waits():
             connection.submit(pack("PING"), 1)
 
 
+def cluster_of(ports):
+    """Answers CLUSTER SLOTS with one owner of all slots, the port in ``ports[0]``, and HGET with a holder."""
+
+    async def answer(writer, words):
+        if words[0] == b"CLUSTER":
+            writer.write(b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % ports[0])
+        else:
+            writer.write(b"$13\r\n" + HOLDER + b"\r\n" if words[0] == b"HGET" else b"+OK\r\n")
+
+    return answer
+
+
+async def test_after_a_failover_the_new_owner_is_found():
+    ports = [1]  # nobody listens there
+    async with server(cluster_of(ports)) as seed, server(cluster_of(ports)) as heir:
+        metadata = connect(f"redis://127.0.0.1:{seed}/0", timeout_s=2)
+        for _ in range(2):
+            with pytest.raises(TransportError):
+                await metadata.locate([KEY])
+        ports[0] = heir
+        assert len((await metadata.locate([KEY]))[0]) == 1
+        await metadata.close()
+
+
+async def test_the_cluster_is_found_again_when_the_member_in_the_url_is_gone():
+    ports = [0]
+    async with server(cluster_of(ports)) as heir:
+        ports[0] = heir
+        async with server(cluster_of(ports)) as seed:
+            metadata = connect(f"redis://127.0.0.1:{seed}/0", timeout_s=2)
+            assert len((await metadata.locate([KEY]))[0]) == 1
+        metadata.shards._drop(set(metadata.shards._connections))
+        assert len((await metadata.locate([KEY]))[0]) == 1
+        await metadata.close()
+
+
+async def test_a_demoted_server_is_connected_to_anew():
+    connections = set()
+
+    async def answer(writer, words):
+        connections.add(writer)
+        if words[0] == b"CLUSTER":
+            writer.write(b"-ERR cluster support disabled\r\n")
+        elif words[0] == b"SET" and len(connections) == 1:
+            writer.write(b"-READONLY You can't write against a read only replica.\r\n")
+        else:
+            writer.write(b"+OK\r\n")
+
+    async with server(answer) as port:
+        metadata = connect(f"redis://127.0.0.1:{port}/0", timeout_s=2)
+        with pytest.raises(TransportError, match="READONLY"):
+            await metadata.set_value("a", b"b")
+        await metadata.set_value("a", b"b")
+        await metadata.close()
+
+
 async def test_a_wrong_password_is_named():
     async def answer(writer, words):
         writer.write(b"-WRONGPASS invalid username-password pair\r\n")
