@@ -46,14 +46,14 @@ class Put(Handler):
 class Incoming:
     """The blocks of one Put stream: at most one is being written at a time.
 
-    `statuses` has the outcome of each finished block, by index.
+    `statuses` has the outcome of each finished block, by index; `open` says whether one more has begun.
     """
 
     def __init__(self, service: Service) -> None:
         self.statuses: list[Status] = []
         self._service = service
         self._request: Request | None = None
-        self._open = False
+        self.open = False
         self._reservation: Reservation | None = None
         self._writer: BlockWriter | None = None
         self._refusal = Status.DATA_LOSS
@@ -73,7 +73,7 @@ class Incoming:
             if frame.index != len(self.statuses) or frame.index >= MAX_KEYS:
                 raise InvalidInputError(f"block {frame.index} came where {len(self.statuses)} was due; count from 0, below {MAX_KEYS}")
             self._begin(frame.header, frame.input_tokens)
-        elif not self._open or frame.index != len(self.statuses):
+        elif not self.open or frame.index != len(self.statuses):
             raise InvalidInputError(f"payload of block {frame.index} came without its header; send the header in the block's first frame")
         if self._reservation is not None and len(frame.payload):
             try:
@@ -83,7 +83,7 @@ class Incoming:
 
     def finish(self) -> None:
         """End the block that is open, if any: commit it if all of it has come."""
-        if not self._open:
+        if not self.open:
             return
         if self._reservation is not None and self._writer.left:
             self._refuse()
@@ -96,7 +96,7 @@ class Incoming:
                 self._service.distortion_keys.observe(distortion.keys)
                 self._service.distortion_values.observe(distortion.values)
         self.statuses.append(status)
-        self._open = False
+        self.open = False
 
     def abandon(self) -> None:
         """Give the pages of an unfinished block back; the stream has ended."""
@@ -105,7 +105,7 @@ class Incoming:
             self._service.engine.abort(reservation)
 
     def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
-        self._open = True
+        self.open = True
         engine = self._service.engine
         if self._request is None:
             self._request = engine.request(input_tokens)
