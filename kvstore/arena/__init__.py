@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .device import Arena, available_memory, create
-from .host import host_identity, keep_freed_memory
+from .host import allow_open_files, host_identity, keep_freed_memory
 from .pages import AccountingError, Extent, PageAllocator
 
-__all__ = ["AccountingError", "Arena", "Extent", "PageAllocator", "available_memory", "create", "host_identity", "keep_freed_memory"]
+__all__ = [
+    "AccountingError",
+    "Arena",
+    "Extent",
+    "PageAllocator",
+    "allow_open_files",
+    "available_memory",
+    "create",
+    "host_identity",
+    "keep_freed_memory",
+]

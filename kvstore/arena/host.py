@@ -1,14 +1,16 @@
-"""The machine under a process: which one it is, and how its C library hands out large pieces of memory."""
+"""The machine under a process: which one it is, how many files it may open, and how its C library hands out large pieces of memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 << 20
 HEAP_PIECE_BYTES = 32 << 20
+MAX_OPEN_FILES = 1 << 16
 
 
 def host_identity() -> str:
@@ -36,3 +38,13 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, HEAP_PIECE_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def allow_open_files() -> int:
+    """Raise this process's limit on open files (each connection is one) as far as it may, up to 65,536. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft

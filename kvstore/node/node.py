@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from kvstore import eviction
-from kvstore.arena import AccountingError, Arena, PageAllocator, create, host_identity, keep_freed_memory
+from kvstore.arena import AccountingError, Arena, PageAllocator, allow_open_files, create, host_identity, keep_freed_memory
 from kvstore.clock import Clock, SystemClock
 from kvstore.metadata import IndexEntry, InprocMetadata, Metadata, NodeRecord, connect
 from kvstore.metrics import Metrics
@@ -177,6 +177,7 @@ def _reachable(listen: str) -> str:
 def run(config: NodeConfig) -> int:
     """Run a node until SIGTERM or SIGINT, or until it fails. Prints one JSON line when it is ready. Returns the exit code."""
     keep_freed_memory()
+    allow_open_files()
     return asyncio.run(_run(config))
 
 

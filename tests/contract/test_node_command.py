@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def test_ready_serve_end(node) -> None:
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     assert "libtorch" not in maps, "a CPU node has no need of torch"
     assert "concertina-arena" in maps
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    soft, hard = re.search(r"Max open files\s+(\d+)\s+(\d+)", limits).groups()
+    assert int(soft) >= min(int(hard), 65_536), "each connection is an open file"
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 0
 
