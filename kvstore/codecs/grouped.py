@@ -5,13 +5,14 @@ V is grouped along channels. Beyond KIVI: the sequence's first token, an attenti
 and a group's offset and scale may be fitted by least squares instead of spanning its range.
 
 Payload, for each model layer: the exact first token of K and of V [H, A, D] in the layout's dtype (A = 1 where the block starts the
-sequence, else 0); offset and scale of K [2, H, N, D] in 16 bits, of V [2, H, T-A, G]; codes of K [H, T-A, P], codes of V. A byte of the
+sequence, else 0); offset and scale of K [2, H, N, D] bfloat16, of V [2, H, T-A, G]; codes of K [H, T-A, P], codes of V. A byte of the
 P = ceil(D·bits/8) holds channels p, p + P, … from its low bits up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,10 @@ from kvstore.errors import CorruptBlockError
 
 from .base import Codec, Coded, Stored, is_finite, relative_error
 from .memory import bytes_of, tensor_from_buffer, wide
-from .scales import round_down, round_up, scale_dtype
+from .scales import round_down, round_up
+
+#: Of offsets and scales, whatever the cache's dtype: a rotated value may lie outside float16.
+_FIT_DTYPE = torch.bfloat16
 
 
 class GroupedCodec(Codec):
@@ -32,19 +36,21 @@ class GroupedCodec(Codec):
     group: ClassVar[int]
     #: Least-squares refits of offset and scale; the best of all tries is kept.
     refits: ClassVar[int]
+    #: Rotate V by a Hadamard matrix first, which makes its channels alike (QuaRot, arXiv 2404.00456, §4).
+    rotate_values: ClassVar[bool] = False
 
     def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
         coded = []
         for k_LHTD, v_LHTD, start in zip(k_BLHTD, v_BLHTD, starts, strict=True):
             exact = _exact_tokens(start)
             k_fit, k_codes = self._fit(self._by_channel(k_LHTD[:, :, exact:].float()))
-            v_fit, v_codes = self._fit(self._by_token(v_LHTD[:, :, exact:].float()))
+            v_fit, v_codes = self._fit(self._by_token(self._rotated(v_LHTD[:, :, exact:].float())))
             tokens = k_LHTD.shape[2]
             k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
             v_codes = v_codes.flatten(-2)
             decoded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD)]
-            self._restore(decoded[0], k_fit, k_codes, k_LHTD[:, :, :exact])
-            self._restore(decoded[1], v_fit, v_codes, v_LHTD[:, :, :exact])
+            self._restore(decoded[0], k_fit, k_codes, k_LHTD[:, :, :exact], by_channel=True)
+            self._restore(decoded[1], v_fit, v_codes, v_LHTD[:, :, :exact], by_channel=False)
             errors = relative_error(torch.stack((k_LHTD, v_LHTD)), torch.stack(decoded))
             parts = (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits))
             coded.append(Coded((bytes_of(*parts),), (Distortion(*errors),)))
@@ -59,17 +65,21 @@ class GroupedCodec(Codec):
             for i, out_LHTD in enumerate(outs_LHTD):
                 first = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
                 groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
-                fit = wide(data[2 + i], scale_dtype(lay.dtype), lay.layers, 2, lay.kv_heads, *groups)
+                fit = wide(data[2 + i], _FIT_DTYPE, lay.layers, 2, lay.kv_heads, *groups)
                 packed = data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits))
                 codes = unpack(packed, self.bits, lay.head_dim)
                 if rest and not is_finite(fit):
                     raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
-                self._restore(out_LHTD, fit, codes, first)
+                self._restore(out_LHTD, fit, codes, first, by_channel=i == 0)
 
     @property
     def _channel_groups(self) -> int:
         """Groups of channels in a head of V; one where `group` does not divide the head."""
         return self.layout.head_dim // self.group if self.layout.head_dim % self.group == 0 else 1
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` through the symmetric orthogonal matrix of `rotate_values`, which undoes itself."""
+        return x @ hadamard(x.shape[-1]).to(x.device) if self.rotate_values else x
 
     def _by_channel(self, x_LHTD: torch.Tensor) -> torch.Tensor:
         """K as groups of tokens [L, H, N, D, group]; a last short group is filled up with its last token."""
@@ -83,7 +93,7 @@ class GroupedCodec(Codec):
 
     def _fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Offset and scale [L, 2, …] and uint8 codes like `x`, for float32 groups in the last dimension of `x` [L, …, n]."""
-        top, dtype = 2**self.bits - 1, scale_dtype(self.layout.dtype)
+        top, dtype = 2**self.bits - 1, _FIT_DTYPE
         if not x.numel():
             return torch.zeros(x.shape[0], 2, *x.shape[1:-1], dtype=dtype, device=x.device), x.to(torch.uint8)
         offset = round_down(x.amin(-1, keepdim=True), dtype)
@@ -100,18 +110,20 @@ class GroupedCodec(Codec):
             codes, best = torch.where(better, new_codes, codes), torch.where(better, error, best)
         return torch.stack((offset, scale), 1).squeeze(-1), codes.to(torch.uint8)
 
-    def _restore(self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, exact_LHAD: torch.Tensor) -> None:
+    def _restore(
+        self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, exact_LHAD: torch.Tensor, *, by_channel: bool
+    ) -> None:
         """Write the exact tokens and offset + scale × code, computed in float32, into `out_LHTD`."""
-        exact, (offset, scale) = exact_LHAD.shape[2], fit.float().unbind(1)
+        exact, rest, (offset, scale) = exact_LHAD.shape[2], codes_LHTD.shape[2], fit.float().unbind(1)
         out_LHTD[:, :, :exact] = exact_LHAD
-        rest = codes_LHTD.shape[2]
         if not rest:
             return
-        if offset.shape[2:] == (rest, self._channel_groups):
-            x = torch.addcmul(offset[..., None], codes_LHTD.unflatten(-1, (self._channel_groups, -1)).float(), scale[..., None]).flatten(-2)
-        else:
+        if by_channel:
             offset, scale = (t.repeat_interleave(self.group, 2)[:, :, :rest] for t in (offset, scale))
             x = torch.addcmul(offset, codes_LHTD.float(), scale)
+        else:
+            x = torch.addcmul(offset[..., None], codes_LHTD.unflatten(-1, (self._channel_groups, -1)).float(), scale[..., None])
+            x = self._rotated(x.flatten(-2))
         largest = torch.finfo(out_LHTD.dtype).max
         out_LHTD[:, :, exact:] = x.clamp_(-largest, largest)
 
@@ -149,6 +161,16 @@ def _least_squares(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, 
     spread = codes - code_mean
     scale = ((x - x_mean) * spread).mean(-1, keepdim=True) / spread.square().mean(-1, keepdim=True).clamp_min(1e-12)
     return x_mean - scale * code_mean, scale
+
+
+@cache
+def hadamard(channels: int) -> torch.Tensor:
+    """Symmetric orthogonal float32 [D, D]: Sylvester's matrix over the largest power of two that divides D, repeated along the diagonal."""
+    size = channels & -channels
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.block_diag(*[matrix / size**0.5] * (channels // size))
 
 
 def packed_bytes(channels: int, bits: int) -> int:

@@ -1,4 +1,4 @@
-"""``int2``: K per channel, V per token, groups of 32 fitted by least squares, the first token exact."""
+"""``int2``: K per channel, V per token and rotated, groups of 32 fitted by least squares, the first token exact."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ class Int2Codec(GroupedCodec):
     bits = 2
     group = 32
     refits = 2
+    rotate_values = True
