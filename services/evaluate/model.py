@@ -1,0 +1,98 @@
+"""A causal LM whose cache can be taken out, changed and put back.
+
+Shape suffixes: L layer, H KV head, T token, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kvstore.codecs import Codec, EncodedBlock
+from kvstore.errors import ConfigError
+from kvstore.layout import KVLayout
+
+Ids = Sequence[int]
+Cache = tuple[torch.Tensor, torch.Tensor]
+
+
+class CachedModel:
+    """A model in float32, with its tokenizer.
+
+    Parameters
+    ----------
+    model_dir : Path
+        A Hugging Face model directory.
+    dtype : torch.dtype
+        Of the arithmetic and the cache.
+    """
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+        self.layout = KVLayout.from_model_config(self.model.config, dtype)
+        self._argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of `text` as it is."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @torch.inference_mode()
+    def run(self, ids: Ids, cache: Cache | None = None, *, logits: bool = True) -> tuple[torch.Tensor, Cache]:
+        """Go on from `cache` with `ids`.
+
+        Returns
+        -------
+        log_probabilities : Tensor [len(ids), vocabulary], float32; of the last position alone without `logits`
+        cache : keys and values [L, H, T, D] of everything so far, keys after RoPE
+        """
+        from transformers import DynamicCache
+
+        live = DynamicCache()
+        if cache is not None:
+            for layer, (keys_HTD, values_HTD) in enumerate(zip(*cache, strict=True)):
+                live.update(keys_HTD[None], values_HTD[None], layer)
+        keep = {} if logits else {"logits_to_keep": 1}
+        out = self.model(torch.tensor([list(ids)]), use_cache=True, **{self._argument: live}, **keep)
+        keys, values = (torch.stack([getattr(layer, what)[0] for layer in live.layers]) for what in ("keys", "values"))
+        return out.logits[0].float().log_softmax(-1), (keys, values)
+
+
+def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: int | None = None) -> tuple[Cache, int]:
+    """What a reader of the store would get: every block encoded, written to bytes, truncated, read and decoded.
+
+    Parameters
+    ----------
+    fidelity : int, optional
+        Truncate each block to it first.
+
+    Returns
+    -------
+    cache : the same shape
+    stored_bytes : int
+        Length of all blobs.
+
+    Raises
+    ------
+    ConfigError
+        When the cache does not hold one K and V for each token.
+    """
+    keys, values = cache
+    if keys.shape[2] != len(ids):
+        raise ConfigError(f"the model keeps {keys.shape[2]} of {len(ids)} tokens (sliding window?); evaluate with a shorter --prefix")
+    stored, parts = 0, []
+    for start in range(0, len(ids), block_tokens):
+        span = slice(start, start + block_tokens)
+        tokens = torch.tensor(ids[span])
+        block = codec.encode(keys[:, :, span], values[:, :, span], start=start, tokens=tokens)
+        if fidelity is not None:
+            block = block.truncate(min(fidelity, block.fidelities[-1]))
+        blob = block.to_bytes()
+        stored += len(blob)
+        parts.append(codec.decode(EncodedBlock.from_bytes(blob), tokens=tokens))
+    return (torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)), stored
