@@ -66,13 +66,14 @@ class LoopbackTransport:
         messages[0].header = blob[:header]
         return messages
 
-    async def put(self, address, frames, timeout_s):
+    async def put(self, address, messages, timeout_s):
         await asyncio.sleep(self.put_delay_s)
         if address in self.fail:
             raise self.fail[address]
         blobs: dict[int, bytes] = defaultdict(bytes)
-        for message in map(pb.PutRequest.FromString, frames):
-            blobs[message.index] += message.header + message.payload
+        for message in map(pb.PutRequest.FromString, messages):
+            for frame in (message, *message.more):
+                blobs[frame.index] += frame.header + frame.payload
         statuses = []
         for blob in blobs.values():
             key = EncodedBlock.from_bytes(blob).header.key

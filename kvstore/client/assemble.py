@@ -1,8 +1,9 @@
-"""From the frames of one Get stream to verified blocks."""
+"""From the messages of one Get stream to verified blocks."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.errors import CorruptBlockError
 
-from .frames import GetFrame, parse_get_frame
+from .frames import GetFrame, parse_get
 
 #: `BlockStatus.BLOCK_STATUS_OK`
 OK = 1
@@ -21,15 +22,16 @@ class BlockReader:
 
     Parameters
     ----------
-    frames : async iterator of bytes
+    messages : async iterator of bytes
         Serialized `GetResponse` messages.
     offload_bytes : int
         Payloads from this size on are verified in a thread.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], offload_bytes: int) -> None:
+    def __init__(self, messages: AsyncIterator[bytes], offload_bytes: int) -> None:
         self.bytes_read = 0
-        self._frames = frames
+        self._messages = messages
+        self._parsed: deque[GetFrame] = deque()
         self._offload_bytes = offload_bytes
 
     async def read(self, number: int, accept: Callable[[BlockHeader], bool]) -> EncodedBlock | None:
@@ -84,12 +86,14 @@ class BlockReader:
 
     async def _next(self, number: int) -> GetFrame | None:
         """The next frame of the block; None at the end of the stream, and for any status but OK."""
-        try:
-            raw = await anext(self._frames)
-        except StopAsyncIteration:
-            return None
-        self.bytes_read += len(raw)
-        frame = parse_get_frame(raw)
+        if not self._parsed:
+            try:
+                message = await anext(self._messages)
+            except StopAsyncIteration:
+                return None
+            self.bytes_read += len(message)
+            self._parsed.extend(parse_get(message))
+        frame = self._parsed.popleft()
         if frame.index != number:
             raise CorruptBlockError(f"a frame of block {frame.index} came where {number} was due")
         return frame if frame.status == OK else None

@@ -156,11 +156,12 @@ class Fetcher:
 
     async def _stream(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
         """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
-        request = pb.GetRequest(keys=[job.hits[p].key for p in positions], input_tokens=job.demand.input_tokens)
+        keys = [job.hits[p].key for p in positions]
+        request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True)
         reader, position = None, positions[0]
         try:
-            async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as frames:
-                reader = BlockReader(frames, self._config.offload_bytes)
+            async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as messages:
+                reader = BlockReader(messages, self._config.offload_bytes)
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return

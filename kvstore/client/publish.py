@@ -20,7 +20,7 @@ from kvstore.metrics import Metrics
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .config import ClientConfig
-from .frames import put_frames
+from .frames import put_messages
 from .lookup import Lookup
 from .membership import Membership
 from .placement import Placement
@@ -194,9 +194,9 @@ class Publisher:
         return [item for items in left for item in items]
 
     async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
-        frames = (frame for i, item in enumerate(items) for frame in put_frames(i, item.block, item.input_tokens))
+        messages = put_messages((item.block, item.input_tokens) for item in items)
         try:
-            response = await self._transport.put(node.address, frames, self._config.put_timeout_s)
+            response = await self._transport.put(node.address, messages, self._config.put_timeout_s)
         except ConcertinaError as error:
             log.info("node %s did not take %d blocks: %s", node.address, len(items), error)
             self._membership.suspect(node, "node")

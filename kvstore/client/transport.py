@@ -36,10 +36,10 @@ class Transport(Protocol):
     """Calls to store nodes by address. All raise `ConcertinaError`s only, and none outlasts its `timeout_s`."""
 
     def get(self, address: str, request: pb.GetRequest, timeout_s: float) -> AsyncIterator[bytes]:
-        """The serialized `GetResponse` frames. Closing the iterator cancels the call."""
+        """The serialized `GetResponse`s. Closing the iterator cancels the call."""
 
-    async def put(self, address: str, frames: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
-        """Send serialized `PutRequest` frames; `frames` is drawn from as the node takes them."""
+    async def put(self, address: str, messages: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
+        """Send serialized `PutRequest`s; `messages` is drawn from as the node takes them."""
 
     async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
         """A unary call of ``KVStoreService``; `request` is its message."""
@@ -62,15 +62,15 @@ class GrpcTransport:
         call = rpc(request, timeout=timeout_s)
         try:
             with _translated(address):
-                async for frame in call:
-                    yield frame
+                async for message in call:
+                    yield message
         finally:
             call.cancel()
 
-    async def put(self, address: str, frames: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
+    async def put(self, address: str, messages: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
         rpc = self._channel(address).stream_unary(SERVICE + "Put", response_deserializer=pb.PutResponse.FromString)
         with _translated(address):
-            return await rpc(iter(frames), timeout=timeout_s)
+            return await rpc(iter(messages), timeout=timeout_s)
 
     async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
         response = getattr(pb, f"{rpc}Response")
