@@ -136,9 +136,11 @@ class NodeEngine:
             self._hold(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
         try:
             self.make_room(total)
-        except CapacityError:
+        except BaseException as error:  # a policy that fails must not leave the parent held for ever
             if parent is not None:
                 self._release(parent)
+            if not isinstance(error, CapacityError):
+                raise
             return self._reject("no_room")
         reservation = Reservation(header, [self.allocator.alloc(count) for count in needs], request, parent)
         self._writing[header.key] = reservation

@@ -16,7 +16,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from protos.concertina.kvstore.v1 import kvstore_pb2_grpc as rpc
 from tests.node_support import block, chain, frames
 
-CONFIG = NodeConfig(arena=1 << 20, id="n1", heartbeat_s=0.02, drain_s=2.0)
+CONFIG = NodeConfig(arena=1 << 20, id="n1", heartbeat_s=0.02, drain_s=2.0, policy="lru")
 
 
 @pytest.fixture
