@@ -298,10 +298,12 @@ class NodeEngine:
         return Status.RESOURCE_EXHAUSTED
 
     def _touch(self, entries: Sequence[Entry], request: Request) -> None:
+        """Tell the policy of a use: each block once and root first, in whatever order and how often the caller named them."""
         if entries:
-            for entry in entries:
+            once = sorted(dict.fromkeys(entries), key=lambda entry: entry.header.start)
+            for entry in once:
                 entry.last_use = request.now
-            self.policy.access(request, [entry.info for entry in entries])
+            self.policy.access(request, [entry.info for entry in once])
 
     def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
         page_bytes = self.config.page_bytes

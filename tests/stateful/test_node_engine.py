@@ -350,3 +350,15 @@ def test_a_block_that_a_reader_took_while_a_better_one_was_written_stays(engine:
     engine.check()
     assert store(engine, better.header) is Status.OK
     assert not engine.intact(found)
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: str) -> None:
+    engine = NodeEngine(CONFIG, ManualClock(), create(policy), PageAllocator(PAGES))
+    one = block(0, (PAGE * 3,)).header
+    assert store(engine, one) is Status.OK
+    _, lease = engine.plan_get([one.key] * 8, 0, engine.request())
+    engine.release(lease)
+    assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
+    assert engine.table.get(one.key) is None
+    engine.check()
