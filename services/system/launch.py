@@ -24,6 +24,7 @@ NODE_TIMEOUT_S = 90.0
 #: A large model takes its time; a process that has failed is noticed at once all the same.
 WORKER_TIMEOUT_S = 1800.0
 JOIN_TIMEOUT_S = 15.0
+#: First reminder of what is waited for; each next one comes half as much again later.
 REMIND_S = 10.0
 TAIL_LINES = 12
 
@@ -100,7 +101,8 @@ def start(system: SystemRecord, part: str, command: list[str], timeout_s: float)
 
 def wait(children: list[Child], say: Callable[[str], None]) -> None:
     """Until each has printed its line of JSON. Raises ConfigError or TransportError for the first that fails."""
-    waiting, remind = list(children), time.monotonic() + REMIND_S
+    began = time.monotonic()
+    waiting, remind_s = list(children), REMIND_S
     while waiting:
         for child in list(waiting):
             took_s = time.monotonic() - child.since
@@ -111,9 +113,9 @@ def wait(children: list[Child], say: Callable[[str], None]) -> None:
                 raise _failure(child, f"ended with exit status {child.process.returncode}")
             elif took_s > child.timeout_s:
                 raise _failure(child, f"was not ready after {child.timeout_s:.0f} s")
-        if waiting and time.monotonic() > remind:
-            remind += REMIND_S
-            say(f"still waiting for {', '.join(c.part for c in waiting)} …")
+        if waiting and time.monotonic() - began > remind_s:
+            say(f"still waiting for {', '.join(c.part for c in waiting)} ({remind_s:.0f} s) …")
+            remind_s *= 1.5
         time.sleep(0.05)
 
 

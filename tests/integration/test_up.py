@@ -107,3 +107,21 @@ def test_down_spares_a_process_that_took_a_recorded_pid(cli):
     path.write_text(text.replace(f'"pid": {pid},', f'"pid": {os.getpid()},'))
     assert cli.run("down", "--name", "reuse").returncode == 0
     assert_nothing_left(cli, "reuse")
+
+
+def test_a_signal_while_ray_starts_leaves_nothing(cli):
+    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB")
+    until(lambda: any("raylet" in p.name() for p in marked("ray-")), timeout_s=120, what="the start of Ray")
+    up.send_signal(signal.SIGINT)
+    assert up.wait(90) == 128 + signal.SIGINT
+    assert_nothing_left(cli, "ray")
+
+
+def test_down_after_the_worker_process_was_killed(cli):
+    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB")
+    until(lambda: any("raylet" in p.name() for p in marked("ray-")), timeout_s=120, what="the start of Ray")
+    up.kill()
+    up.wait()
+    next(p for p in marked("ray-") if "worker" in p.cmdline()).kill()
+    assert cli.run("down", "--name", "ray").returncode == 0
+    assert_nothing_left(cli, "ray")
