@@ -1,0 +1,131 @@
+"""``bench codecs``: what a codec costs in time, beside what it does to the values.
+
+Each codec encodes and decodes the real cache of a real prompt, in the cache's bfloat16. Two yardsticks take turns with it: a plain copy
+of the same bytes, and the model's own prefill of the same tokens, which is what a hit saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvstore.codecs import Codec, EncodedBlock, Profile, codec_class, create, names
+from kvstore.errors import ConfigError
+
+from .base import Result, relative_speed, take_turns
+
+_SEED = 0
+#: Options of each codec in this benchmark; the rest run with their defaults.
+_OPTIONS: dict[str, dict[str, Any]] = {"svd": {"ratio": 4.0}, "transform": {"ratio": 16.0}}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
+    parser.add_argument("--profile", metavar="FILE", help="profile for the codecs that need one; they are left out without it")
+    parser.add_argument("--codec", nargs="+", choices=names(), help="only these (default: all)")
+    parser.add_argument("--tokens", type=int, help="prompt length (2048; 512 with --quick)")
+    parser.add_argument("--block", type=int, default=64, metavar="TOKENS", help="tokens a block (%(default)s)")
+    parser.add_argument("--rounds", type=int, help="counted rounds (9; 3 with --quick)")
+
+
+def run(args: argparse.Namespace) -> Result:
+    from services.evaluate.model import CachedModel
+    from services.model.resolve import resolve_model
+    from services.progress import Progress
+
+    tokens = args.tokens or (512 if args.quick else 2048)
+    rounds = args.rounds or (3 if args.quick else 9)
+    if args.block < 1 or tokens < args.block:
+        raise ConfigError(f"--tokens {tokens} must hold at least one block of {args.block}")
+    model = CachedModel(resolve_model(args.model), torch.bfloat16)
+    ids = _prompt(model, tokens // args.block * args.block)
+    profile = Profile.load(args.profile) if args.profile else None
+    chosen = [n for n in args.codec or names() if profile is not None or not codec_class(n).uses_profile]
+    codecs = {name: create(name, model.layout, profile, **_OPTIONS.get(name, {})) for name in chosen}
+    _, (keys, values) = model.run(ids, logits=False)
+    batch = [_blocks(x, args.block) for x in (keys, values)]
+    with Progress("measuring, rounds") as report:
+        contestants, encoded = _contestants(model, codecs, ids, batch, args.block)
+        samples = take_turns(contestants, rounds, report=report)
+    configuration = {
+        "model": model.model.config._name_or_path.rsplit("/", 1)[-1], "tokens": len(ids), "block_tokens": args.block, "rounds": rounds,
+        "dtype": "bfloat16", "device": "cpu", "codecs": {n: vars(c.config) for n, c in codecs.items()},
+    }  # fmt: skip
+    result = Result("codecs", configuration, _SEED, 1, {f"{name}_s": s for name, s in samples.items()})
+    raw_bytes = model.layout.raw_bytes(len(ids))
+    for name in codecs:
+        result.rows.append(_row(name, encoded[name], samples, raw_bytes))
+        result.ratios |= {f"{name}.{k}": v for k, v in result.rows[-1].items() if "_to_" in k}
+    return result
+
+
+def _prompt(model: Any, tokens: int) -> list[int]:
+    from services.calibrate import texts
+
+    text = "\n".join(max(documents, key=len) for _, documents in texts.everywhere())
+    ids = model.ids(text[: tokens * 8])[:tokens]
+    if len(ids) < tokens:
+        raise ConfigError(f"there are only {len(ids)} tokens of text; ask for fewer --tokens")
+    return ids
+
+
+def _blocks(x_LHTD: torch.Tensor, block_tokens: int) -> torch.Tensor:
+    """[L, H, T, D] as a batch of blocks [B, L, H, t, D], dense."""
+    return x_LHTD.unflatten(2, (-1, block_tokens)).permute(2, 0, 1, 3, 4).contiguous()
+
+
+def _contestants(
+    model: Any, codecs: dict[str, Codec], ids: list[int], batch: list[torch.Tensor], block_tokens: int
+) -> tuple[dict[str, Callable[[], object]], dict[str, list[EncodedBlock]]]:
+    """The prefill, the copy, and each codec's two directions; and each codec's blocks."""
+    out = tuple(torch.empty_like(x) for x in batch)
+    starts = list(range(0, len(ids), block_tokens))
+    tokens = torch.tensor(ids).view(-1, block_tokens)
+
+    def copy() -> None:
+        for target, source in zip(out, batch, strict=True):
+            target.copy_(source)
+
+    contestants: dict[str, Callable[[], object]] = {"prefill": lambda: model.run(ids, logits=False), "copy": copy}
+    encoded: dict[str, list[EncodedBlock]] = {}
+    for name, codec in codecs.items():
+        blocks = codec.encode(*batch, start=starts, tokens=tokens)
+        encoded[name] = [EncodedBlock.from_bytes(b.to_bytes()) for b in blocks]
+        contestants[f"{name}.encode"] = lambda codec=codec: codec.encode(*batch, start=starts, tokens=tokens)
+        contestants[f"{name}.decode"] = lambda codec=codec, name=name: codec.decode(encoded[name], tokens=tokens, out=out)
+    return contestants, encoded
+
+
+def _row(name: str, blocks: list[EncodedBlock], samples: dict[str, list[float]], raw_bytes: int) -> dict[str, Any]:
+    """One codec's figures; rates count raw bytes (2 a value), and ``_to_`` keys are times faster."""
+    stored = sum(block.header.total_bytes for block in blocks)
+    worst = [block.distortion[block.fidelities[-1]] for block in blocks]
+    seconds = {way: statistics.median(samples[f"{name}.{way}"]) for way in ("encode", "decode")}
+    return {
+        "codec": name,
+        "ratio": raw_bytes / stored,
+        "key_error": statistics.mean(d.keys for d in worst),
+        "value_error": statistics.mean(d.values for d in worst),
+        "expected_divergence_nats": statistics.mean(block.expected_divergence for block in blocks),
+        **{f"{way}_gb_per_s": raw_bytes / s / 1e9 for way, s in seconds.items()},
+        "copy_gb_per_s": raw_bytes / statistics.median(samples["copy"]) / 1e9,
+        **{f"{way}_to_{yard}": relative_speed(samples, f"{name}.{way}", yard) for way in seconds for yard in ("copy", "prefill")},
+    }
+
+
+def render(result: Result) -> str:
+    """The table for people."""
+    columns = {
+        "codec": "<11", "ratio": ">7.2f", "key_error": ">11.6f", "value_error": ">13.6f", "encode_gb_per_s": ">17.3f",
+        "decode_gb_per_s": ">17.3f", "decode_to_copy": ">16.3f", "decode_to_prefill": ">19.1f", "encode_to_prefill": ">19.1f",
+    }  # fmt: skip
+    lines = ["".join(f"{name:{spec.split('.')[0]}}" for name, spec in columns.items())]
+    lines += ["".join(f"{row[name]:{spec}}" for name, spec in columns.items()) for row in result.rows]
+    where = result.configuration
+    lines.append(f"{where['model']}, {where['tokens']} tokens in blocks of {where['block_tokens']}, bfloat16; rates count raw bytes;")
+    lines.append(f"_to_ = times faster; medians of {where['rounds']} rounds in which all take turns")
+    return "\n".join(lines)
