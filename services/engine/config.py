@@ -46,6 +46,8 @@ class EngineConfig:
         The same while streams are running; it bounds the gap between two of their tokens.
     store_floor_s, store_ceiling_s : float
         Bounds of the time that a request may spend on the store; between them it is half of what recomputing would take.
+    always_fetch : bool
+        Fetch even where recomputing has been measured to be quicker; for measurements and tests.
     publish_queue_blocks : int
         Blocks that may wait to be encoded; more are dropped.
     publish_share : float
@@ -68,6 +70,7 @@ class EngineConfig:
     busy_prefill_tiles: int = 2
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0
+    always_fetch: bool = False
     publish_queue_blocks: int = 1024
     publish_share: float = 0.25
 

@@ -185,8 +185,8 @@ class Core:
         elif len(job.output) >= job.max_new_tokens:
             self._end(job, text + job.text.finish(), [token], "stop" if job.text.stopped else "length")
         else:
-            job.sink(Delta(text, [token]))
             self._press(job)
+            job.sink(Delta(text, [token]))
 
     def _press(self, job: Job) -> None:
         if job.press is not None and job.kv.length >= job.press.budget:

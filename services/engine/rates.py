@@ -20,11 +20,14 @@ class Rates:
         First estimate, from start-up.
     floor_s, ceiling_s : float
         Bounds of `store_budget_s`.
+    always : bool
+        What `worth_fetching` says, whatever was measured.
     """
 
     prefill_tokens_per_s: float
     floor_s: float
     ceiling_s: float
+    always: bool = False
     fetch_s_per_token: float = 0.0
     _skipped: int = 0
 
@@ -45,7 +48,7 @@ class Rates:
 
     def worth_fetching(self) -> bool:
         """Whether a fetched token comes sooner than a recomputed one; now and then yes regardless, to measure again."""
-        if self.fetch_s_per_token * self.prefill_tokens_per_s < 1:
+        if self.always or self.fetch_s_per_token * self.prefill_tokens_per_s < 1:
             self._skipped = 0
             return True
         self._skipped = (self._skipped + 1) % RETRY_EVERY

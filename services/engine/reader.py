@@ -25,6 +25,8 @@ from .rates import Rates
 
 #: Blocks decoded in one call: large enough to keep the cores busy, small enough to stop at a deadline.
 DECODE_BLOCKS = 8
+#: Of the time that is left after the lookup; what has arrived must still be decoded.
+FETCH_SHARE = 0.75
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ class StoreReader:
             looked = self._clock.now()
             if hits:
                 fetched = await self._client.fetch(
-                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=max(0.0, budget_s - (looked - began)),
+                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=FETCH_SHARE * max(0.0, budget_s - (looked - began)),
                     input_tokens=len(spec.tokens),
                 )  # fmt: skip
                 prefix.report.bytes_fetched = fetched.bytes_fetched

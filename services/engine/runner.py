@@ -21,9 +21,9 @@ from .live import LiveKV
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Row counts that give the same bits for each row: `tiles` of a prompt at most, and tokens in multiples of `quantum` up to `rows`."""
+    """Row counts that give the same bits for each row: how many `tiles` of prompts, and tokens in multiples of `quantum` up to `rows`."""
 
-    tiles: int
+    tiles: tuple[int, ...]
     quantum: int
     rows: int
 
@@ -65,7 +65,7 @@ class Runner:
 
     def __init__(self, model: torch.nn.Module, layout: KVLayout, tile: int, device: str) -> None:
         self.model, self.layout, self.tile, self.device = model, layout, tile, torch.device(device)
-        self.shapes = Shapes(tiles=1, quantum=8, rows=8)
+        self.shapes = Shapes(tiles=(1,), quantum=8, rows=8)
         self._masks = Masks()
 
     def new_kv(self, capacity: int, limit: int) -> LiveKV:
@@ -74,7 +74,7 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, tiles: Sequence[PromptTile]) -> torch.Tensor:
-        """Compute tiles, at most `shapes.tiles`; several of one prompt must be in order.
+        """Compute tiles, as many as one of `shapes.tiles`; several of one prompt must be in order.
 
         Returns
         -------

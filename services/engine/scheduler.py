@@ -42,15 +42,17 @@ class Scheduler:
         Requests that run at once.
     tile : int
         Tokens of a tile of prompt.
-    tiles, busy_tiles : int
-        Tiles of one prefill step, when nobody and when somebody decodes.
+    tiles : tuple of int
+        How many tiles one prefill step may have; 1 among them.
+    busy_tiles : int
+        Most of them while somebody decodes.
     rows : int
         Requests of one decode step; more take turns.
     """
 
     slots: int
     tile: int
-    tiles: int
+    tiles: tuple[int, ...]
     busy_tiles: int
     rows: int
     waiting: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
@@ -77,21 +79,22 @@ class Scheduler:
         prefill = [e for e in self.running.values() if not e.decoding]
         if prefill and not (decode and self._prefilled):
             self._prefilled = True
-            return Plan(prefill=self._spans(prefill, min(self.busy_tiles, self.tiles) if decode else self.tiles))
+            return Plan(prefill=self._spans(prefill, self.busy_tiles if decode else max(self.tiles)))
         self._prefilled = False
         for id_ in decode[: self.rows] if len(decode) > self.rows else ():
             self.running.move_to_end(id_)
         return Plan(decode=tuple(decode[: self.rows]))
 
-    def _spans(self, prefill: list[Entry], tiles: int) -> tuple[tuple[str, int, int], ...]:
-        spans = []
+    def _spans(self, prefill: list[Entry], most: int) -> tuple[tuple[str, int, int], ...]:
+        """The next tiles, first come first served: the largest allowed number that there is work for."""
+        spans: list[tuple[str, int, int]] = []
         for entry in prefill:
             start = entry.computed
-            while start < entry.prompt and len(spans) < tiles:
+            while start < entry.prompt and len(spans) < most:
                 stop = min(start + self.tile, entry.prompt)
                 spans.append((entry.id, start, stop))
                 start = stop
-        return tuple(spans)
+        return tuple(spans[: max(n for n in self.tiles if n <= len(spans))])
 
     def computed(self, id_: str, tokens: int) -> None:
         """All prompt tokens before `tokens` have K and V now."""

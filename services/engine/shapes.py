@@ -22,8 +22,15 @@ QUANTA = (1, 2, 4, 8)
 log = logging.getLogger(__name__)
 
 
-def find_shapes(runner: Runner, vocab_size: int, max_tiles: int, max_rows: int, clock: Clock) -> tuple[Shapes, float]:
-    """The widest row counts that agree bit by bit, and the measured prefill rate in tokens a second.
+def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows: int, clock: Clock) -> tuple[Shapes, float]:
+    """The row counts that agree bit by bit, and the measured prefill rate in tokens a second.
+
+    Parameters
+    ----------
+    tiles : sequence of int
+        Counts of tiles wanted in one step; one tile alone is always possible.
+    max_rows : int
+        Requests wanted in one decode step.
 
     Raises
     ------
@@ -31,62 +38,60 @@ def find_shapes(runner: Runner, vocab_size: int, max_tiles: int, max_rows: int, 
         For a model whose layers do not use attention as `services.engine.attention` expects it.
     """
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, vocab_size, (max_tiles * runner.tile,), generator=generator).tolist()
-    runner.prefill([PromptTile(runner.new_kv(runner.tile, runner.tile), 0, prompt[: runner.tile])])
-    begin = clock.now()
-    reference, logits = _prefill(runner, prompt, 1)
-    seconds = clock.now() - begin
-    tiles = 1
-    while tiles < max_tiles:
-        kv, other = _prefill(runner, prompt, tiles + 1)
-        if not (_same(reference, kv) and torch.equal(logits, other)):
-            break
-        tiles += 1
+    counts = sorted({1, *tiles})
+    prompt = torch.randint(0, vocab_size, (max(counts[-1], 2) * runner.tile,), generator=generator).tolist()
+    reference = runner.new_kv(len(prompt), len(prompt))
+    logits, rate = _one_by_one(runner, prompt, reference, clock)
+    agreeing = [n for n in counts if n == 1 or _tiles_agree(runner, prompt, n, reference, logits)]
     rows = torch.randint(0, vocab_size, (max(max_rows, QUANTA[-1]),), generator=generator).tolist()
-    quantum, widest = _decode_counts(runner, prompt[: runner.tile], rows)
-    shapes = Shapes(tiles, quantum, min(widest, max(max_rows, quantum)))
-    log.info("rows keep their bits in up to %d tiles of %d, and in multiples of %d up to %d", tiles, runner.tile, quantum, shapes.rows)
-    return shapes, len(prompt) / max(seconds, 1e-6)
+    quantum, widest = _decode_counts(runner, reference, rows)
+    shapes = Shapes(tuple(agreeing), quantum, min(widest, -(-max_rows // quantum) * quantum))
+    log.info("rows keep their bits in %s tiles of %d, and in multiples of %d up to %d", agreeing, runner.tile, quantum, shapes.rows)
+    return shapes, rate
 
 
-def _prefill(runner: Runner, prompt: Sequence[int], tiles: int) -> tuple[LiveKV, torch.Tensor]:
-    kv = runner.new_kv(len(prompt), len(prompt))
-    size = runner.tile
-    parts = [PromptTile(kv, at, prompt[at : at + size], at + size >= len(prompt)) for at in range(0, len(prompt), size)]
-    for first in range(0, len(parts), tiles):
-        logits = runner.prefill(parts[first : first + tiles])
-    return kv, logits
+def _one_by_one(runner: Runner, prompt: Sequence[int], kv: LiveKV, clock: Clock) -> tuple[list[torch.Tensor], float]:
+    """Logits after each tile, and the rate of all tiles but the first, which pays for the warm-up."""
+    logits, begin = [], 0.0
+    for at in range(0, len(prompt), runner.tile):
+        begin = clock.now() if at == runner.tile else begin
+        logits.append(runner.prefill([PromptTile(kv, at, prompt[at : at + runner.tile], logits=True)]))
+    return logits, (len(prompt) - runner.tile) / max(clock.now() - begin, 1e-6)
 
 
-def _decode_counts(runner: Runner, prompt: Sequence[int], rows: Sequence[int]) -> tuple[int, int]:
+def _tiles_agree(runner: Runner, prompt: Sequence[int], count: int, reference: LiveKV, logits: list[torch.Tensor]) -> bool:
+    """Whether `count` tiles in one step give the bits that they give one by one."""
+    size, stop = runner.tile, count * runner.tile
+    kv = runner.new_kv(stop, stop)
+    ours = runner.prefill([PromptTile(kv, at, prompt[at : at + size], logits=at + size == stop) for at in range(0, stop, size)])
+    same_k = torch.equal(kv.k_LHTD, reference.k_LHTD[:, :, :stop])
+    return same_k and torch.equal(kv.v_LHTD, reference.v_LHTD[:, :, :stop]) and torch.equal(ours, logits[count - 1])
+
+
+def _decode_counts(runner: Runner, reference: LiveKV, rows: Sequence[int]) -> tuple[int, int]:
     """Smallest quantum of which all multiples agree, and the largest of these; else the fixed group."""
-    base = runner.new_kv(runner.tile, runner.tile)
-    runner.prefill([PromptTile(base, 0, prompt)])
     for quantum in QUANTA:
         counts = range(quantum, len(rows) + 1, quantum)
-        want = _decode(runner, base, rows[:quantum], quantum)
-        if all(_agrees(runner, base, rows, count, quantum, want) for count in counts):
+        want = _decode(runner, reference, rows[:quantum], quantum)
+        if all(_rows_agree(runner, reference, rows[:count], quantum, want) for count in counts):
             return quantum, counts[-1]
     return QUANTA[-1], QUANTA[-1]
 
 
-def _agrees(runner: Runner, base: LiveKV, rows: Sequence[int], count: int, quantum: int, want: torch.Tensor) -> bool:
-    """Whether the first rows keep their bits among `count`, at the front and, in reverse order, at the back."""
-    forward = _decode(runner, base, rows[:count], quantum)
-    backward = _decode(runner, base, rows[:count][::-1], quantum).flip(0)
+def _rows_agree(runner: Runner, reference: LiveKV, rows: Sequence[int], quantum: int, want: torch.Tensor) -> bool:
+    """Whether the first rows keep their bits in this company, and all rows keep theirs in reverse order."""
+    forward = _decode(runner, reference, rows, quantum)
+    backward = _decode(runner, reference, rows[::-1], quantum).flip(0)
     return torch.equal(forward[:quantum], want) and torch.equal(forward, backward)
 
 
-def _decode(runner: Runner, base: LiveKV, rows: Sequence[int], quantum: int) -> torch.Tensor:
-    batch = []
+def _decode(runner: Runner, reference: LiveKV, rows: Sequence[int], quantum: int) -> torch.Tensor:
+    """Logits of one step after the reference's first tile, each row on a copy of it."""
+    batch, size = [], runner.tile
     for token in rows:
-        kv = runner.new_kv(runner.tile + 1, runner.tile + 1)
-        kv.k_LHTD[:, :, : base.length], kv.v_LHTD[:, :, : base.length] = base.k_LHTD, base.v_LHTD
-        kv.length = base.length
-        batch.append(NextToken(kv, token, base.length))
-    runner.shapes = Shapes(1, quantum, len(rows))
+        kv = runner.new_kv(size + 1, size + 1)
+        kv.k_LHTD[:, :, :size], kv.v_LHTD[:, :, :size] = reference.k_LHTD[:, :, :size], reference.v_LHTD[:, :, :size]
+        kv.length = size
+        batch.append(NextToken(kv, token, size))
+    runner.shapes = Shapes((1,), quantum, len(rows))
     return runner.decode(batch)
-
-
-def _same(a: LiveKV, b: LiveKV) -> bool:
-    return torch.equal(a.k_LHTD, b.k_LHTD) and torch.equal(a.v_LHTD, b.v_LHTD)

@@ -83,7 +83,7 @@ class TransformersEngine(Engine):
         self._loaded, self._runner, rate = await asyncio.to_thread(self._prepare)
         layout = self._loaded.layout
         codec = create(codec_name, layout, config.profile, **config.codec_options)
-        self._rates = Rates(rate, config.store_floor_s, config.store_ceiling_s)
+        self._rates = Rates(rate, config.store_floor_s, config.store_ceiling_s, config.always_fetch)
         path = Path(config.model)
         digest = fingerprint(path)
         self.info = ModelInfo(
@@ -108,7 +108,8 @@ class TransformersEngine(Engine):
             torch.set_num_threads(config.threads)
         loaded = load(config)
         runner = Runner(loaded.model, loaded.layout, config.block_tokens, config.device)
-        tiles = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
+        most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
+        tiles = {min(most, config.busy_prefill_tiles), most}
         runner.shapes, rate = find_shapes(runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
         return loaded, runner, rate
 
