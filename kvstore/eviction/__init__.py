@@ -17,11 +17,12 @@ POLICIES: dict[str, str] = {
     "fifo": "kvstore.eviction.fifo:FifoPolicy",
     "s3fifo": "kvstore.eviction.s3fifo:S3FifoPolicy",
     "gdsf": "kvstore.eviction.gdsf:GdsfPolicy",
+    "value": "kvstore.eviction.value:ValuePolicy",
     "opt": "kvstore.eviction.opt:OptPolicy",
 }
 
 #: The policy that runs where none is named.
-DEFAULT = "lru"
+DEFAULT = "value"
 
 
 def names() -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
+
 from .base import BlockId
 
 NONE = -1
@@ -52,6 +54,12 @@ class Ghosts:
         self._unlink(at)
         self._state[at] = _EMPTY
         return found
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """State and time of all ghosts, copied."""
+        state, time = np.array(self._state), np.array(self._time)
+        here = state != _EMPTY
+        return state[here], time[here]
 
     def _clear(self, size: int) -> None:
         self._hash = array("q", [0]) * size

@@ -31,6 +31,13 @@ class SlotQueues:
             self._before.extend([NONE] * missing)
             self._after.extend([NONE] * missing)
 
+    def new(self) -> int:
+        """Number of a new, empty queue."""
+        self.head.append(NONE)
+        self.tail.append(NONE)
+        self.length.append(0)
+        return len(self.head) - 1
+
     def append(self, queue: int, slot: int) -> None:
         """Put `slot`, which stands in no queue, at the end."""
         last = self.tail[queue]
@@ -65,3 +72,12 @@ class SlotQueues:
         else:
             self.tail[queue] = before
         self.length[queue] -= 1
+
+    def join(self, queue: int, other: int) -> None:
+        """Move all of `other`, which is left empty, to the end of `queue`. Neither is empty."""
+        last, first = self.tail[queue], self.head[other]
+        self._after[last], self._before[first] = first, last
+        self.tail[queue] = self.tail[other]
+        self.length[queue] += self.length[other]
+        self.head[other] = self.tail[other] = NONE
+        self.length[other] = 0

@@ -27,6 +27,8 @@ class BlockTable:
     depth : array of int32
     rung, shape : array of uint8
         Where the block stands on its ladder, and which ladder (`StepTable`).
+    resident : bytearray
+        1 where the slot holds a resident block.
     ids : list
         Id by slot, None in a place holder's or a free slot.
     """
@@ -40,7 +42,7 @@ class BlockTable:
         self.ids: list[BlockId | None] = []
         self.steps = StepTable()
         self.count = 0
-        self._resident = bytearray()
+        self.resident = bytearray()
         self._hash = array("q")
         self._next = array("i")
         self._heads = array("i", [NONE]) * 64
@@ -59,13 +61,13 @@ class BlockTable:
     def find(self, id: BlockId) -> int:
         """Slot of a resident block, -1 if it is not resident."""
         slot = self._lookup(hash(id), id)
-        return slot if slot >= 0 and self._resident[slot] else NONE
+        return slot if slot >= 0 and self.resident[slot] else NONE
 
     def add(self, block: BlockInfo) -> int:
         """Make a block that is not resident resident at rung 0; its slot."""
         slot = self._slot_of(block.id)
         parent = NONE if block.parent is None else self._slot_of(block.parent)
-        self._resident[slot] = 1
+        self.resident[slot] = 1
         self.parent[slot] = parent
         self.depth[slot] = block.depth
         self.rung[slot] = 0
@@ -78,7 +80,7 @@ class BlockTable:
     def remove(self, slot: int) -> int:
         """The block left. Answers the slot of its parent if that became a leaf by it, else -1."""
         parent = self.parent[slot]
-        self._resident[slot] = 0
+        self.resident[slot] = 0
         self.count -= 1
         if not self.children[slot]:
             self._discard(slot)
@@ -87,18 +89,18 @@ class BlockTable:
         self.children[parent] -= 1
         if self.children[parent]:
             return NONE
-        if self._resident[parent]:
+        if self.resident[parent]:
             return parent
         self._discard(parent)
         return NONE
 
     def is_leaf(self, slot: int) -> bool:
         """Whether the slot holds a resident block that has no resident child."""
-        return bool(self._resident[slot]) and not self.children[slot]
+        return bool(self.resident[slot]) and not self.children[slot]
 
     def is_resident(self, slot: int) -> bool:
         """Whether the slot holds a resident block."""
-        return bool(self._resident[slot])
+        return bool(self.resident[slot])
 
     def step(self, slot: int) -> Step:
         """The cheapest next step down of a resident block."""
@@ -141,7 +143,7 @@ class BlockTable:
             self._hash.append(hashed)
             for column in (self.parent, self._next):
                 column.append(NONE)
-            for column in (self.children, self.depth, self.rung, self.shape, self._resident):
+            for column in (self.children, self.depth, self.rung, self.shape, self.resident):
                 column.append(0)
             if slot >= len(self._heads):
                 self._grow()

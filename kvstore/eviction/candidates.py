@@ -1,0 +1,152 @@
+"""Candidates for the next step down, in groups of one value curve, each ordered by the time of the last use.
+
+A group is a list of at most `_CELLS` cells, each a linked queue of blocks that were last used at about the same time; cells of old
+blocks span more time than those of young ones, in proportion. So a block costs two links, whatever the number of groups, and
+finding, adding and removing one takes a binary search among the cells. Both ends of a group are candidates, its least recently and
+its most recently used block: when a working set is larger than the store, recency alone throws out just what comes back next.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Hashable
+
+from .queues import SlotQueues
+
+_CELLS = 32
+
+
+class _Group:
+    """Cells by time: where each starts, and its queue. `newest` is the latest time that was ever added."""
+
+    __slots__ = ("newest", "queues", "starts")
+
+    def __init__(self) -> None:
+        self.newest = float("-inf")
+        self.starts: list[float] = []
+        self.queues: list[int] = []
+
+
+class Candidates:
+    """Groups of candidates, and the cheapest of their ends.
+
+    Parameters
+    ----------
+    price : callable
+        ``price(key, age_s)``: value of the next step of a block of the group `key` whose last use is `age_s` ago.
+    last_used : array of float
+        Seconds, by slot; must not change while a slot stands here.
+    refresh_s : float
+        Prices of groups that nothing happened to are kept for this long.
+    """
+
+    def __init__(self, price: Callable[[int, float], float], last_used: array[float], refresh_s: float = 0.5) -> None:
+        self._price = price
+        self._last_used = last_used
+        self._refresh_s = refresh_s
+        self._queues = SlotQueues()
+        self._free_queues: list[int] = []
+        self._groups: list[_Group] = []
+        self._keys: list[int] = []
+        self._number: dict[Hashable, int] = {}
+        self._listed = bytearray()
+        self._prices: list[float] = []
+        self._ends: list[int] = []
+        self._dirty: set[int] = set()
+        self._priced_at = float("-inf")
+
+    def reserve(self, slots: int) -> None:
+        """Make room for slots below `slots`."""
+        self._queues.reserve(slots)
+        self._listed.extend(bytes(max(slots - len(self._listed), 0)))
+
+    def __contains__(self, slot: int) -> bool:
+        return bool(self._listed[slot])
+
+    def add(self, key: int, slot: int) -> None:
+        """List `slot`, which is not listed, in the group `key`."""
+        number = self._number.get(key)
+        if number is None:
+            number = self._number[key] = len(self._groups)
+            self._groups.append(_Group())
+            self._keys.append(key)
+            self._prices.append(float("inf"))
+            self._ends.append(-1)
+        group, time = self._groups[number], self._last_used[slot]
+        queue = self._cell(group, time)
+        tail = self._queues.tail[queue]
+        if tail < 0 or self._last_used[tail] <= time:
+            self._queues.append(queue, slot)
+        else:
+            self._queues.prepend(queue, slot)
+        self._listed[slot] = 1
+        self._dirty.add(number)
+
+    def remove(self, key: int, slot: int) -> None:
+        """Take `slot` out of the group `key` if it is listed."""
+        if not self._listed[slot]:
+            return
+        number = self._number[key]
+        group = self._groups[number]
+        at = max(bisect_right(group.starts, self._last_used[slot]) - 1, 0)
+        queue = group.queues[at]
+        self._queues.remove(queue, slot)
+        self._listed[slot] = 0
+        if not self._queues.length[queue]:
+            del group.starts[at], group.queues[at]
+            self._free_queues.append(queue)
+        self._dirty.add(number)
+
+    def stale(self) -> None:
+        """The prices changed: all groups are priced afresh at the next `cheapest`."""
+        self._priced_at = float("-inf")
+
+    def cheapest(self, now: float) -> tuple[float, int] | None:
+        """Price and slot of the cheapest end of any group; None when nothing is listed."""
+        if now - self._priced_at >= self._refresh_s:
+            self._priced_at = now
+            self._dirty.update(range(len(self._groups)))
+        for number in self._dirty:
+            self._reprice(number, now)
+        self._dirty.clear()
+        if not self._prices:
+            return None
+        price = min(self._prices)
+        slot = self._ends[self._prices.index(price)]
+        return None if slot < 0 else (price, slot)
+
+    def _reprice(self, number: int, now: float) -> None:
+        group = self._groups[number]
+        if not group.queues:
+            self._prices[number], self._ends[number] = float("inf"), -1
+            return
+        key = self._keys[number]
+        oldest, youngest = self._queues.head[group.queues[0]], self._queues.tail[group.queues[-1]]
+        price = self._price(key, max(now - self._last_used[oldest], 0.0))
+        if youngest != oldest:
+            young = self._price(key, max(now - self._last_used[youngest], 0.0))
+            if young < price:
+                price, oldest = young, youngest
+        self._prices[number], self._ends[number] = price, oldest
+
+    def _cell(self, group: _Group, time: float) -> int:
+        """The queue for blocks last used at `time`; a new one where it is later, or earlier, than all before."""
+        at = bisect_right(group.starts, time) - 1
+        if at >= 0 and time <= group.newest:
+            return group.queues[at]
+        if len(group.starts) >= _CELLS:
+            self._merge(group)
+        at = 0 if at < 0 else len(group.starts)
+        group.newest = max(group.newest, time)
+        group.starts.insert(at, time)
+        group.queues.insert(at, self._free_queues.pop() if self._free_queues else self._queues.new())
+        return group.queues[at]
+
+    def _merge(self, group: _Group) -> None:
+        """Join the two neighbours that span the least time for their age."""
+        starts, end = group.starts, group.starts[-1]
+        at = min(range(len(starts) - 2), key=lambda i: (starts[i + 2] - starts[i]) / (end - starts[i + 1] + 1e-9))
+        self._queues.join(group.queues[at], group.queues[at + 1])
+        self._free_queues.append(group.queues[at + 1])
+        del starts[at + 1], group.queues[at + 1]

@@ -1,0 +1,220 @@
+"""The default: evict or demote what loses the least expected value, learnt online from the traffic itself.
+
+Value of a step = Gittins index of the block's reuse class at its age (`reuse`) x loss per byte of its next step (`ladder`). The class is
+what can be seen of a block: how often it was used, the turn of the conversation that used it last, the length of the prompt. A
+partial tail is a class of its own: the next turn rewrites it. Blocks that left are remembered for a while (`ghosts`), so that
+the learning also sees what came back too late.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from .base import BlockId, BlockInfo, EvictionPolicy, Request, Victim
+from .candidates import Candidates
+from .ghosts import Ghosts
+from .reuse import EDGES_S, ReuseModel
+from .table import BlockTable
+
+_PARTIAL = 48
+#: Group of like classes, by class: how often used, and the partial tails.
+_GROUPS = [cls // 12 for cls in range(_PARTIAL)] + [4]
+#: A block that ever had this many children is a shared root: what follows it is a new conversation.
+_SHARED_CHILDREN = 4
+_RUNGS = 16
+_SAMPLE = 40_000
+
+
+class ValuePolicy(EvictionPolicy):
+    """Learns the value of every class and age; takes the cheapest step of all."""
+
+    name: ClassVar[str] = "value"
+
+    @dataclass(frozen=True, slots=True)
+    class Config:
+        """
+        Parameters
+        ----------
+        learn_requests : int
+            Requests between two rounds of learning.
+        ghosts_per_block : float
+            Blocks remembered after they left, for each resident block.
+        memory : float
+            Share of what was learnt that survives a round of learning.
+        """
+
+        learn_requests: int = 100
+        ghosts_per_block: float = 3.0
+        memory: float = 1.0
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__(config)
+        self.table = BlockTable()
+        self.model = ReuseModel(_GROUPS, memory=self.config.memory)
+        self.model.values[_PARTIAL] = [value * 1e-3 for value in self.model.values[_PARTIAL]]
+        self._used_at = array("d")
+        self._class = bytearray()
+        self._uses = bytearray()
+        self._turn = bytearray()
+        self._fan = bytearray()
+        self._ghosts = Ghosts(self.config.ghosts_per_block)
+        self._candidates = Candidates(self._price, self._used_at)
+        self._requests = 0
+        self._now = 0.0
+
+    def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
+        self._now = now = max(request.now, self._now)
+        slots, known = self._enter(blocks, now)
+        turn = self._next_turn(slots, known)
+        self._mark_new(slots, known, turn)
+        self._classify(request, blocks, slots, turn, now)
+        self._requests += 1
+        if self._requests % self.config.learn_requests == 0:
+            self._learn(now)
+
+    def victim(self, now: float) -> Victim | None:
+        found = self._candidates.cheapest(max(now, self._now))
+        if found is None:
+            return None
+        value, slot = found
+        return Victim(self.table.ids[slot], self.table.step(slot).rung, value)
+
+    def removed(self, id: BlockId) -> None:
+        slot = self.table.find(id)
+        if slot < 0:
+            return
+        self._candidates.remove(self._key(slot), slot)
+        state = self._class[slot] | self._uses[slot] << 8 | self._turn[slot] << 16 | self._fan[slot] << 24
+        forgotten = self._ghosts.remember(id, state, self._used_at[slot], len(self.table))
+        if forgotten is not None:
+            self.model.forgot(forgotten[0] & 0xFF, max(self._now - forgotten[1], 0.0))
+        parent = self.table.remove(slot)
+        if parent >= 0:
+            self._offer(parent)
+
+    def demoted(self, id: BlockId, rung: int) -> None:
+        slot = self.table.find(id)
+        if slot >= 0:
+            self._candidates.remove(self._key(slot), slot)
+            self.table.rung[slot] = rung
+            self._offer(slot)
+
+    def promoted(self, id: BlockId) -> None:
+        self.demoted(id, 0)
+
+    def hold(self, id: BlockId) -> None:
+        self.table.hold(id)
+        slot = self.table.find(id)
+        if slot >= 0:
+            self._candidates.remove(self._key(slot), slot)
+
+    def release(self, id: BlockId) -> None:
+        if self.table.release(id):
+            slot = self.table.find(id)
+            if slot >= 0:
+                self._offer(slot)
+
+    def _enter(self, blocks: Sequence[BlockInfo], now: float) -> tuple[list[int], int]:
+        """Make all blocks resident and count uses. Answers their slots, and how many from the root on were known before."""
+        table, used_at, classes, model, candidates = self.table, self._used_at, self._class, self.model, self._candidates
+        slots, known = [0] * len(blocks), 0
+        for index in range(len(blocks) - 1, -1, -1):  # children first, so that what has one is no candidate
+            block = blocks[index]
+            slot = table.find(block.id)
+            fresh = slot < 0
+            if fresh:
+                slot = table.add(block)
+                self._reserve()
+                self._retract(table.parent[slot])
+                ghost = self._ghosts.take(block.id)
+                if ghost is None:
+                    self._uses[slot] = self._turn[slot] = self._fan[slot] = 0
+                    slots[index] = slot
+                    known = 0
+                    continue
+                state, used_at[slot] = ghost
+                classes[slot], self._uses[slot] = state & 0xFF, state >> 8 & 0xFF
+                self._turn[slot], self._fan[slot] = state >> 16 & 0xFF, state >> 24
+            else:
+                candidates.remove(self._key(slot), slot)
+            model.used(classes[slot], max(now - used_at[slot], 0.0))
+            slots[index] = slot
+            known = known or index + 1
+        return slots, known
+
+    def _reserve(self) -> None:
+        missing = self.table.slots - len(self._class)
+        if missing > 0:
+            self._used_at.extend([0.0] * missing)
+            for column in (self._class, self._uses, self._turn, self._fan):
+                column.extend(bytes(missing))
+            self._candidates.reserve(self.table.slots)
+
+    def _next_turn(self, slots: list[int], known: int) -> int:
+        if not known or self._fan[slots[known - 1]] >= _SHARED_CHILDREN:
+            return 1
+        return min(self._turn[slots[known - 1]] + 1, 255)
+
+    def _mark_new(self, slots: list[int], known: int, turn: int) -> None:
+        for slot in slots[known:]:
+            self._turn[slot] = turn
+            parent = self.table.parent[slot]
+            if parent >= 0 and self._fan[parent] < 255:
+                self._fan[parent] += 1
+
+    def _classify(self, request: Request, blocks: Sequence[BlockInfo], slots: list[int], turn: int, now: float) -> None:
+        tokens = request.input_tokens
+        turns = 0 if turn == 1 else 1 if turn == 2 else 2 if turn < 6 else 3
+        length = 0 if tokens < 2048 else 1 if tokens < 8192 else 2
+        base = 3 * turns + length
+        uses, classes, used_at = self._uses, self._class, self._used_at
+        for index in range(len(slots) - 1, -1, -1):
+            slot = slots[index]
+            count = uses[slot] + 1
+            uses[slot] = count if count < 255 else 255
+            classes[slot] = base + (0 if count == 1 else 12 if count == 2 else 24 if count < 5 else 36)
+            if count == 1 and blocks[index].partial:
+                classes[slot] = _PARTIAL
+            used_at[slot] = now
+            self._offer(slot)
+
+    def _offer(self, slot: int) -> None:
+        """List the block as a candidate if its next step may be taken."""
+        table = self.table
+        if slot in self._candidates:
+            return
+        if (not table.children[slot] or table.step(slot).rung is not None) and not table.is_held(slot):
+            self._candidates.add(self._key(slot), slot)
+
+    def _retract(self, parent: int) -> None:
+        """The block in slot `parent` (or -1) got a child: it may no longer be dropped."""
+        if parent >= 0 and self.table.resident[parent] and self.table.step(parent).rung is None:
+            self._candidates.remove(self._key(parent), parent)
+
+    def _key(self, slot: int) -> int:
+        return (self._class[slot] << 8 | self.table.shape[slot]) * _RUNGS + self.table.rung[slot]
+
+    def _price(self, key: int, age_s: float) -> float:
+        rest, rung = divmod(key, _RUNGS)
+        return self.table.steps.rows[rest & 0xFF][rung].loss * self.model.values[rest >> 8][bisect_right(EDGES_S, age_s) - 1]
+
+    def _learn(self, now: float) -> None:
+        self.model.learn(self._waiting(now))
+        self._candidates.stale()
+
+    def _waiting(self, now: float) -> np.ndarray:
+        """Known blocks by class and age bucket, ghosts too."""
+        used_at, classes = np.array(self._used_at), np.frombuffer(bytes(self._class), dtype=np.uint8)
+        resident = np.frombuffer(bytes(self.table.resident), dtype=np.uint8) > 0
+        ghost_state, ghost_time = self._ghosts.arrays()
+        time = np.concatenate([used_at[resident], ghost_time])
+        cls = np.concatenate([classes[resident], ghost_state & 0xFF]).astype(np.int64)
+        age = np.searchsorted(EDGES_S, np.maximum(now - time, 0.0), side="right") - 1
+        shape = (len(_GROUPS), len(EDGES_S))
+        return np.bincount(cls * shape[1] + age, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
