@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
     parser.add_argument("--texts", nargs="+", default=[], metavar="PATH", help="text files or directories (default: what every Python has)")
     parser.add_argument("--tokens", type=int, default=50_000, metavar="N", help="tokens to run through the model (%(default)s)")
-    parser.add_argument("--groups", default="auto", metavar="N", help="runs of layers transformed together; fewer compress better, slower (%(default)s)")
+    parser.add_argument("--groups", default="auto", metavar="N", help="runs of layers coded together; fewer: smaller, slower (%(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs (%(default)s)")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the profile is written")
 

@@ -141,7 +141,7 @@ class TransformCodec(Codec):
         layers, distortions, divergences = [], [], []
         for i, ratio in enumerate(rungs):
             if steps is None:
-                budget = rate.budget_bytes(raw, ratio, length, start, len(exact)) - spent - (len(exact) if i == 0 else 0)
+                budget = rate.budget_bytes(raw, ratio, length, start, self.layout.raw_bytes(1)) - spent - (len(exact) if i == 0 else 0)
                 made = encoder.layer_within(budget, projection.guess(ratio))
             else:
                 made = encoder.layer_at(steps[i])
@@ -203,7 +203,7 @@ class TransformCodec(Codec):
 
             spread(one, range(len(blocks)))
             x = projection.base(i, rows, len(blocks) * length)
-            x.addmm_(torch.from_numpy(c).to(device).view(count, -1).T, projection.decoders[i][:count])
+            x.addmm_(torch.from_numpy(c).to(device).flatten(1).T, projection.decoders[i][:count])
             keys, values = split(x, group, self.layout, len(blocks))
             k[:, group.first : group.last] = rotation(keys)
             v[:, group.first : group.last] = values

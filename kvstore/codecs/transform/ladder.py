@@ -24,7 +24,7 @@ from .models import DEAD_ZONE, OCTAVE, PART_EDGES, PART_LOG
 #: Largest ratio of two successive steps, in step indices: beyond it the cell cut from the dead zone would be too wide.
 MAX_DROP = 2 * OCTAVE
 #: Step indices on the wire.
-MIN_STEP, MAX_STEP = -4096, 4096
+MIN_STEP, MAX_STEP = -2048, 2048
 MAX_PASSES = 16
 
 

@@ -28,6 +28,8 @@ from .models import OCTAVE, Models
 
 #: Random directions in which the error of a block's K, and of its V, is measured: relative accuracy ~ sqrt(2 / (S · tokens · groups)).
 SKETCH = 64
+#: What float32 can hold of a relative error whose denominator vanishes.
+_LARGEST = 3e38
 _READY: weakref.WeakKeyDictionary[Profile, Projection] = weakref.WeakKeyDictionary()
 
 
@@ -54,6 +56,9 @@ class Projection:
             self.models = Models(book, t["models.zero"].numpy().astype(np.uint16), t["models.centre"].numpy())
             self.divergence = float(profile.facts["divergence"])
             self.usual_steps = _usual_steps(self.kappa)
+            # What RoPE multiplies the length of each channel of a key by.
+            self._key_scale = torch.ones(layout.head_dim)
+            self._key_scale[: layout.rope.rotary_dim] = layout.rope.scale
         except (KeyError, TypeError) as error:
             raise InvalidInputError(f"the profile lacks {error}; calibrate again") from error
         self.table, self.map = t.get("predict.table"), t.get("predict.map")
@@ -96,9 +101,10 @@ class Projection:
         out = []
         for i, d in enumerate(self.decoders):
             half = d.shape[1] // 2
+            keys = d[:, :half] * self._key_scale.repeat(half // len(self._key_scale))
             generator = torch.Generator().manual_seed(i)
             signs = [torch.randint(0, 2, (half, SKETCH), generator=generator).float() * 2 - 1 for _ in range(2)]
-            out.append(torch.cat([d[:, :half] @ signs[0], d[:, half:] @ signs[1]], 1) / SKETCH**0.5)
+            out.append(torch.cat([keys @ signs[0], d[:, half:] @ signs[1]], 1) / SKETCH**0.5)
         return out
 
     @staticmethod
@@ -134,7 +140,7 @@ class Projection:
         for e, sketch in zip(errors, self.sketches, strict=True):
             seen = torch.from_numpy(e).T @ sketch
             total += [float(half.square().sum()) for half in seen.split(SKETCH, 1)]
-        return Distortion(*(float(t / s) if s > 0 else float(t > 0) for t, s in zip(total, energy, strict=True)))
+        return Distortion(*(min(float(t / s), _LARGEST) if s > 0 else float(t > 0) for t, s in zip(total, energy, strict=True)))
 
     def expected_divergence(self, errors: list[np.ndarray]) -> float:
         """The profile's estimate for a prefix of blocks like this one, nats a continued token."""
