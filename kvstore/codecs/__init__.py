@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from .base import Codec, KVSample
 
-#: Name -> "module:Class", imported on use. Each class carries a `wire_id` that is never given to another format.
-CODECS: dict[str, str] = {
-    "raw": "kvstore.codecs.raw:RawCodec",
-    "int8": "kvstore.codecs.int8:Int8Codec",
-    "int4": "kvstore.codecs.int4:Int4Codec",
-    "int2": "kvstore.codecs.int2:Int2Codec",
-    "fp8": "kvstore.codecs.fp8:Fp8Codec",
-    "svd": "kvstore.codecs.svd:SvdCodec",
-    "transform": "kvstore.codecs.transform:TransformCodec",
+#: Name -> (number in a block's header, "module:Class"). The class is imported on use; a number is never given to another format.
+CODECS: dict[str, tuple[int, str]] = {
+    "raw": (1, "kvstore.codecs.raw:RawCodec"),
+    "int8": (2, "kvstore.codecs.int8:Int8Codec"),
+    "int4": (3, "kvstore.codecs.int4:Int4Codec"),
+    "int2": (4, "kvstore.codecs.int2:Int2Codec"),
+    "fp8": (5, "kvstore.codecs.fp8:Fp8Codec"),
+    "svd": (6, "kvstore.codecs.svd:SvdCodec"),
+    "transform": (7, "kvstore.codecs.transform:TransformCodec"),
 }
 
 #: Imported on use, so that the table can be read without torch.
@@ -41,7 +41,10 @@ _LAZY = {
     "calibrate": "kvstore.codecs.calibration",
 }
 
-__all__ = ["CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create", "names"]
+__all__ = [
+    "CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create",
+    "name_of_wire_id", "names",
+]  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
@@ -53,7 +56,7 @@ def codec_class(name: str) -> type[Codec]:
     """The class behind `name`. Raises ConfigError, naming the known ones, for any other."""
     if name not in CODECS:
         raise ConfigError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
-    module, _, attribute = CODECS[name].partition(":")
+    module, _, attribute = CODECS[name][1].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
@@ -65,10 +68,15 @@ def codec_for_wire_id(wire_id: int) -> type[Codec]:
     LayoutMismatchError
         For a number that this version does not know.
     """
-    for name in CODECS:
-        if (cls := codec_class(name)).wire_id == wire_id:
-            return cls
-    raise LayoutMismatchError(f"codec number {wire_id} is not known to this version; known: {', '.join(CODECS)}")
+    name = name_of_wire_id(wire_id)
+    if name is None:
+        raise LayoutMismatchError(f"codec number {wire_id} is not known to this version; known: {', '.join(CODECS)}")
+    return codec_class(name)
+
+
+def name_of_wire_id(wire_id: int) -> str | None:
+    """Name of the codec with this number, without loading it; None for a number that this version does not know."""
+    return next((name for name, (number, _) in CODECS.items() if number == wire_id), None)
 
 
 def create(name: str, layout: KVLayout, profile: Any = None, **options: Any) -> Codec:

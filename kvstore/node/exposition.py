@@ -10,14 +10,12 @@ from collections import Counter
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from kvstore.codecs import name_of_wire_id
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
 
 from .engine import NodeEngine, Tally
 
-#: Wire id -> name of a codec, for labels: a node never decodes, so it does not load the codecs (and with them torch) for their
-#: names. A contract test compares the two tables.
-CODEC_LABELS = {1: "raw", 2: "int8", 3: "int4", 4: "int2", 5: "fp8", 6: "svd", 7: "transform"}
 #: A scraper must have sent its request by then.
 REQUEST_TIMEOUT_S = 5.0
 MAX_REQUEST_BYTES = 16 << 10
@@ -56,7 +54,7 @@ class NodeMetrics:
             metrics.blocks.labels(node=node, fidelity=str(fidelity)).set(count)
         stored: Counter[str] = Counter()
         for wire_id, size_bytes in engine.table.stored_by_codec.items():
-            stored[CODEC_LABELS.get(wire_id, "other")] += size_bytes
+            stored[name_of_wire_id(wire_id) or "other"] += size_bytes
         for codec, size_bytes in stored.items():
             metrics.stored_bytes.labels(node=node, codec=codec).set(size_bytes)
 

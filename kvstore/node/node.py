@@ -15,6 +15,7 @@ from kvstore import eviction
 from kvstore.arena import AccountingError, Arena, PageAllocator, allow_open_files, create, host_identity, keep_freed_memory
 from kvstore.clock import Clock, SystemClock
 from kvstore.metadata import IndexEntry, InprocMetadata, Metadata, NodeRecord, connect
+from kvstore.metadata.reconcile import Reconciler
 from kvstore.metrics import Metrics
 
 from .announce import Announcer
@@ -108,6 +109,9 @@ class StoreNode:
         self.service.record = replace(self.service.record, address=address, metrics=metrics)
         await self._announcer.start()
         stack.push_async_callback(self._announcer.stop, config.drain_s)
+        reconciler = Reconciler(metadata, self.record.incarnation, clock)
+        reconciler.start()
+        stack.push_async_callback(reconciler.stop)
         sweeper = asyncio.create_task(self._sweep_on())
         stack.callback(sweeper.cancel)
 

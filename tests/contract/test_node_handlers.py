@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.codecs import CODECS, codec_class
 from kvstore.node.config import MAX_KEYS
-from kvstore.node.exposition import CODEC_LABELS
 from kvstore.node.handlers import HANDLERS, handler_class
 from kvstore.node.status import Status
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -34,8 +32,3 @@ def test_statuses_are_those_of_the_wire() -> None:
 
 def test_the_bound_on_keys_is_the_documented_one() -> None:
     assert MAX_KEYS == 65_536
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_every_codec_has_its_label(name: str) -> None:
-    assert CODEC_LABELS[codec_class(name).wire_id] == name

@@ -136,9 +136,9 @@ def import_graph() -> grimp.ImportGraph:
     return grimp.build_graph("kvstore")
 
 
-@pytest.mark.parametrize("table", [CODECS, POLICIES], ids=["codecs", "policies"])
-def test_rows_of_a_table_know_no_other_row(table, import_graph):
-    modules = {entry.partition(":")[0] for entry in table.values()} & import_graph.modules
+@pytest.mark.parametrize("rows", [[target for _, target in CODECS.values()], POLICIES.values()], ids=["codecs", "policies"])
+def test_rows_of_a_table_know_no_other_row(rows, import_graph):
+    modules = {row.partition(":")[0] for row in rows} & import_graph.modules
     assert len(modules) > 1
     for one in modules:
         for other in modules - {one}:
