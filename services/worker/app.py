@@ -19,7 +19,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.util import get_node_ip_address
 
 from kvstore.clock import SystemClock
-from kvstore.errors import status_name
+from kvstore.errors import CapacityError, status_name
 from kvstore.metadata import WorkerRecord, connect
 from kvstore.metrics import Metrics
 from protos.concertina.inference.v1 import inference_pb2 as pb
@@ -41,6 +41,7 @@ SERVICER_FUNCTIONS = (
 #: Share of a core that a replica reserves. The model uses what the machine has; a whole core each would keep replicas from starting.
 REPLICA_CPUS = 0.2
 HEALTH_WATCH_S = 5.0
+MAX_WATCHERS = 8
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +69,7 @@ class Worker:
         self._page = MetricsPage(self._metrics.registry, args.metrics)
         self._engine = create_engine(args, self._metrics)
         self._presence: Presence | None = None
+        self._watchers = 0
         await self._engine.start()
         self._page.start()
         if args.redis:
@@ -110,12 +112,19 @@ class Worker:
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """The same at once and then every few seconds, until the caller goes."""
-        while True:
-            yield await self.Check(request)
-            await asyncio.sleep(HEALTH_WATCH_S)
+        """The same at once and then every few seconds, until the caller goes. Bounded in number: each takes a request's place."""
+        with self._answering(grpc_context):
+            if self._watchers >= MAX_WATCHERS:
+                raise CapacityError(f"{MAX_WATCHERS} callers watch this worker's health already; ask Check now and then instead")
+            self._watchers += 1
+            try:
+                while True:
+                    yield await self.Check(request)
+                    await asyncio.sleep(HEALTH_WATCH_S)
+            finally:
+                self._watchers -= 1
 
     async def _deltas(self, request: pb.GenerateRequest, context: RayServegRPCContext) -> AsyncGenerator[Delta, None]:
         """Check the request and run it. Closing this closes the engine's iterator, which frees the batch slot."""

@@ -21,7 +21,8 @@ OBJECT_STORE_BYTES = 100 << 20
 #: A Unix socket's path may have 107 bytes; Ray puts about 70 below its directory.
 MAX_DIRECTORY_BYTES = 36
 #: Ray reads these when it is imported. The fourth has it take 127.0.0.1 as the node's address, which on Linux it would otherwise
-#: replace by the machine's own and so open its ports to the network. The last two: start a process when it is needed, not ahead.
+#: replace by the machine's own and so open its ports to the network. The next two have it start a process when it is needed, not
+#: ahead. The last bounds a message before it is read, at far more than any prompt takes.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -29,6 +30,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(16 << 20),
 }
 
 

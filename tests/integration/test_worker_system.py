@@ -94,6 +94,23 @@ def test_health_and_reflection_are_served_without_a_credential(channel):
     assert {"concertina.inference.v1.InferenceService", "grpc.health.v1.Health"} <= set(services)
 
 
+def test_a_watcher_of_health_gets_an_answer_and_watchers_are_bounded(channel):
+    health, ask = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+    watchers = [health.Watch(ask, timeout=TIMEOUT_S) for _ in range(8)]
+    assert all(next(watcher).status == health_pb2.HealthCheckResponse.SERVING for watcher in watchers)
+    with pytest.raises(grpc.RpcError) as refused:
+        next(health.Watch(ask, timeout=TIMEOUT_S))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for watcher in watchers:
+        watcher.cancel()
+
+
+def test_a_message_beyond_all_prompts_is_not_read(stub):
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(stub, request("x" * (17 << 20)))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_model_info_describes_the_model(stub):
     info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=TIMEOUT_S, metadata=bearer())
     assert (info.model, info.layers, info.kv_heads, info.head_dim, info.codec) == ("SmolLM2-135M-Instruct", 30, 3, 64, "raw")
