@@ -5,7 +5,7 @@ own with a 32-bit state, so that several decode at once (a CPU overlaps them, a 
 16-bit words::
 
     2 · LANES words   final states of the encoder, low half first
-    words             what the lanes need, in the order of n
+    words             what the lanes need: for each run of LANES numbers first those of all symbols, then those of all plain bits
 
 States live in [2^16, 2^32) and take in a word when they fall below. The encoder starts each lane at 2^16; a decoder that does not end
 there, or has words left, has read garbage. Memory: nothing but the given arrays.
@@ -56,29 +56,39 @@ def encode(numbers, contexts, tables, out, freq, start, slots, first, shift, esc
         Index in `out` at which the stream begins.
     """
     rows, tokens = numbers.shape
+    count = rows * tokens
     state = np.full(LANES, LOW, dtype=np.uint32)
+    picked = np.empty((LANES, 2), dtype=np.int32)  # table and symbol of each lane
     at = out.size
-    for row in range(rows - 1, -1, -1):
-        for token in range(tokens - 1, -1, -1):
+    for begin in range((count - 1) // LANES * LANES, -1, -LANES):
+        lanes = min(LANES, count - begin)
+        for lane in range(lanes - 1, -1, -1):
+            row, token = divmod(begin + lane, tokens)
             table = tables[row, contexts[row, token]]
+            picked[lane, 0] = table
             if table < 0:
                 continue
-            lane = (row * tokens + token) % LANES
-            number = numba.int32(numbers[row, token])
-            offset = number - first[table]
-            bits = numba.uint32(shift[table])
+            offset = numba.int32(numbers[row, token]) - first[table]
+            bits = numba.int32(shift[table])
             symbol = offset >> bits
-            x = state[lane]
             if escape[table] >= 0 and (offset < 0 or symbol >= escape[table] or freq[table, symbol] == 0):
                 symbol = numba.int32(escape[table])
-                bits = numba.uint32(ESCAPE_BITS)
-                offset = number - ESCAPE_BASE
+                bits = numba.int32(ESCAPE_BITS)
+                offset = numba.int32(numbers[row, token]) - ESCAPE_BASE
+            picked[lane, 1] = symbol
             if bits > 0:
+                x = state[lane]
                 if x >= (numba.uint64(1) << (32 - bits)):
                     at -= 1
                     out[at] = x & 0xFFFF
                     x >>= numba.uint32(16)
-                x = numba.uint32((x << bits) | (numba.uint32(offset) & ((numba.uint32(1) << bits) - 1)))
+                low = numba.uint32(offset) & ((numba.uint32(1) << numba.uint32(bits)) - numba.uint32(1))
+                state[lane] = numba.uint32((x << numba.uint32(bits)) | low)
+        for lane in range(lanes - 1, -1, -1):
+            table, symbol = picked[lane, 0], picked[lane, 1]
+            if table < 0:
+                continue
+            x = state[lane]
             f = numba.uint32(freq[table, symbol])
             if x >= (numba.uint64(f) << (32 - PROBABILITY_BITS)):
                 at -= 1
@@ -118,37 +128,55 @@ def decode(words, contexts, tables, numbers, freq, start, slots, first, shift, e
         if state[lane] < LOW:
             return False
     at = STATE_WORDS
-    for row in range(rows):
-        for token in range(tokens):
+    count = rows * tokens
+    extra = np.zeros(LANES, dtype=np.uint32)  # plain bits that each lane still has to read
+    for begin in range(0, count, LANES):
+        lanes = min(LANES, count - begin)
+        row, token = divmod(begin, tokens)
+        pending = False
+        for lane in range(lanes):
             table = tables[row, contexts[row, token]]
-            if table < 0:
-                numbers[row, token] = 0
-                continue
-            lane = (row * tokens + token) % LANES
-            x = state[lane]
-            slot = x & _MASK
-            symbol = slots[table, slot]
-            x = numba.uint32(freq[table, symbol] * (x >> numba.uint32(PROBABILITY_BITS)) + slot - start[table, symbol])
-            if x < LOW:
-                if at >= size:
-                    return False
-                x = numba.uint32((x << numba.uint32(16)) | words[at])
-                at += 1
-            bits = numba.uint32(shift[table])
-            number = first[table] + (numba.int32(symbol) << bits)
-            if symbol == escape[table]:
-                bits = numba.uint32(ESCAPE_BITS)
-                number = ESCAPE_BASE
-            if bits > 0:
-                number += numba.int32(x & ((numba.uint32(1) << bits) - numba.uint32(1)))
+            number = 0
+            if table >= 0:
+                x = state[lane]
+                slot = x & _MASK
+                symbol = slots[table, slot]
+                x = numba.uint32(freq[table, symbol] * (x >> numba.uint32(PROBABILITY_BITS)) + slot - start[table, symbol])
+                if x < LOW:
+                    if at >= size:
+                        return False
+                    x = numba.uint32((x << numba.uint32(16)) | words[at])
+                    at += 1
+                state[lane] = x
+                bits = numba.uint32(shift[table])
+                number = first[table] + (numba.int32(symbol) << bits)
+                if symbol == escape[table]:
+                    bits = numba.uint32(ESCAPE_BITS)
+                    number = ESCAPE_BASE
+                if bits > 0:
+                    extra[lane] = bits
+                    pending = True
+            numbers[row, token] = number
+            token += 1
+            if token == tokens:
+                token = 0
+                row += 1
+        if pending:
+            for lane in range(lanes):
+                bits = extra[lane]
+                if bits == 0:
+                    continue
+                extra[lane] = 0
+                x = state[lane]
+                row, token = divmod(begin + lane, tokens)
+                numbers[row, token] += numba.int32(x & ((numba.uint32(1) << bits) - numba.uint32(1)))
                 x >>= bits
                 if x < LOW:
                     if at >= size:
                         return False
                     x = numba.uint32((x << numba.uint32(16)) | words[at])
                     at += 1
-            state[lane] = x
-            numbers[row, token] = number
+                state[lane] = x
     if at != size:
         return False
     for lane in range(LANES):

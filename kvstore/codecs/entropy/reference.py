@@ -19,19 +19,24 @@ def encode(numbers: np.ndarray, contexts: np.ndarray, tables: np.ndarray, book: 
             x >>= 16
         state[lane] = ((x // freq) << total_bits) + x % freq + start
 
-    for n in reversed(range(numbers.size)):
-        row, token = divmod(n, numbers.shape[1])
-        table, number = int(tables[row, contexts[row, token]]), int(numbers[row, token])
-        if table < 0:
-            continue
-        escape, bits = int(book.escape[table]), int(book.shift[table])
-        offset = number - int(book.first[table])
-        symbol = offset >> bits
-        if escape >= 0 and (not 0 <= symbol < escape or book.freq[table, symbol] == 0):
-            symbol, bits, offset = escape, ESCAPE_BITS, number - ESCAPE_BASE
-        if bits:
-            push(n % LANES, 1, offset % (1 << bits), bits)
-        push(n % LANES, int(book.freq[table, symbol]), int(book.start[table, symbol]), PROBABILITY_BITS)
+    for begin in reversed(range(0, numbers.size, LANES)):
+        run = []
+        for n in range(begin, min(begin + LANES, numbers.size)):
+            row, token = divmod(n, numbers.shape[1])
+            table, number = int(tables[row, contexts[row, token]]), int(numbers[row, token])
+            if table < 0:
+                continue
+            escape, bits = int(book.escape[table]), int(book.shift[table])
+            offset = number - int(book.first[table])
+            symbol = offset >> bits
+            if escape >= 0 and (not 0 <= symbol < escape or book.freq[table, symbol] == 0):
+                symbol, bits, offset = escape, ESCAPE_BITS, number - ESCAPE_BASE
+            run.append((n % LANES, table, symbol, bits, offset % (1 << bits)))
+        for lane, _, _, bits, low in reversed(run):
+            if bits:
+                push(lane, 1, low, bits)
+        for lane, table, symbol, _, _ in reversed(run):
+            push(lane, int(book.freq[table, symbol]), int(book.start[table, symbol]), PROBABILITY_BITS)
     head = [half for x in state for half in (x & 0xFFFF, x >> 16)]
     return head + pushed[::-1]
 
@@ -53,23 +58,26 @@ def decode(words: list[int], contexts: np.ndarray, tables: np.ndarray, shape: tu
             state[lane] = state[lane] << 16 | word
 
     numbers = np.zeros(shape, dtype=np.int16)
-    for n in range(numbers.size):
-        row, token = divmod(n, shape[1])
-        table, lane = int(tables[row, contexts[row, token]]), n % LANES
-        if table < 0:
-            continue
-        slot = state[lane] % TOTAL
-        symbol = int(np.searchsorted(np.cumsum(book.freq[table], dtype=np.int64), slot, side="right"))
-        state[lane] = int(book.freq[table, symbol]) * (state[lane] >> PROBABILITY_BITS) + slot - int(book.start[table, symbol])
-        refill(lane)
-        bits, number = int(book.shift[table]), int(book.first[table]) + (symbol << int(book.shift[table]))
-        if symbol == book.escape[table]:
-            bits, number = ESCAPE_BITS, ESCAPE_BASE
-        if bits:
-            number += state[lane] % (1 << bits)
-            state[lane] >>= bits
+    for begin in range(0, numbers.size, LANES):
+        extra = []
+        for n in range(begin, min(begin + LANES, numbers.size)):
+            row, token = divmod(n, shape[1])
+            table, lane = int(tables[row, contexts[row, token]]), n % LANES
+            if table < 0:
+                continue
+            slot = state[lane] % TOTAL
+            symbol = int(np.searchsorted(np.cumsum(book.freq[table], dtype=np.int64), slot, side="right"))
+            state[lane] = int(book.freq[table, symbol]) * (state[lane] >> PROBABILITY_BITS) + slot - int(book.start[table, symbol])
             refill(lane)
-        numbers[row, token] = number
+            bits, number = int(book.shift[table]), int(book.first[table]) + (symbol << int(book.shift[table]))
+            if symbol == book.escape[table]:
+                bits, number = ESCAPE_BITS, ESCAPE_BASE
+            extra.append((row, token, lane, bits, number))
+        for row, token, lane, bits, number in extra:
+            numbers[row, token] = number + state[lane] % (1 << bits)
+            if bits:
+                state[lane] >>= bits
+                refill(lane)
     if next(rest, None) is not None or state != [LOW] * LANES:
         raise ValueError("the stream does not end where its encoder began")
     return numbers
