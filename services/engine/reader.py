@@ -85,10 +85,10 @@ class StoreReader:
             hits = await self._client.lookup(keys, deadline_s=budget_s)
             looked = self._clock.now()
             if hits:
+                left_s = max(0.0, began + budget_s - looked)
                 fetched = await self._client.fetch(
-                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=FETCH_SHARE * max(0.0, budget_s - (looked - began)),
-                    input_tokens=len(spec.tokens),
-                )  # fmt: skip
+                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=FETCH_SHARE * left_s, input_tokens=len(spec.tokens)
+                )
                 prefix.report.bytes_fetched = fetched.bytes_fetched
                 await self._decode(spec, prefix, fetched.blocks, began + budget_s)
         except (ConcertinaError, TimeoutError, OSError) as error:

@@ -102,11 +102,11 @@ class Runner:
         """
         padding = -len(rows) % self.shapes.quantum
         tokens = []
-        for number, row in enumerate(rows):
+        for row in rows:
             at = row.kv.length
             row.kv.reserve(at + 1)
             row.kv.length = at + 1
-            tokens.append(Token(row.kv, number, at))
+            tokens.append(Token(row.kv, at))
         ids = [row.token for row in rows] + [0] * padding
         positions = [row.position for row in rows] + [0] * padding
         step = Step(tokens=tuple(tokens), masks=self._masks)
