@@ -10,10 +10,10 @@ from concurrent.futures import Executor
 import torch
 
 from kvstore.block import Distortion, EncodedBlock, Provenance
-from kvstore.client import KvClient
+from kvstore.client import Hit, KvClient
 from kvstore.clock import Clock
 from kvstore.codecs import Codec, codec_for_wire_id
-from kvstore.errors import ConcertinaError
+from kvstore.errors import ConcertinaError, CorruptBlockError
 from kvstore.identity import NamespaceFields, block_keys, namespace
 from kvstore.layout import dtype_name
 from kvstore.metrics import Metrics
@@ -25,8 +25,8 @@ from .rates import Rates
 
 #: Blocks decoded in one call: large enough to keep the cores busy, small enough to stop at a deadline.
 DECODE_BLOCKS = 8
-#: Of the time that is left after the lookup; what has arrived must still be decoded.
-FETCH_SHARE = 0.75
+#: Of the time that is left after the lookup; the last blocks must still be decoded.
+FETCH_SHARE = 0.9
 log = logging.getLogger(__name__)
 
 
@@ -85,12 +85,10 @@ class StoreReader:
             hits = await self._client.lookup(keys, deadline_s=budget_s)
             looked = self._clock.now()
             if hits:
-                left_s = max(0.0, began + budget_s - looked)
-                fetched = await self._client.fetch(
-                    hits, namespace=name, max_distortion=spec.max_distortion, deadline_s=FETCH_SHARE * left_s, input_tokens=len(spec.tokens)
-                )
-                prefix.report.bytes_fetched = fetched.bytes_fetched
-                await self._decode(spec, prefix, fetched.blocks, began + budget_s)
+                await self._fill(spec, prefix, hits, name, began + budget_s)
+        except CorruptBlockError as error:
+            log.warning("request %s goes on with what came before a damaged block: %s", spec.request_id, error)
+            self._metrics.corrupt_blocks.labels(where="decode").inc()
         except (ConcertinaError, TimeoutError, OSError) as error:
             log.info("request %s goes on without the store: %s", spec.request_id, error)
             self._metrics.store_unavailable.labels(part="engine").inc()
@@ -100,22 +98,47 @@ class StoreReader:
             prefix.fetch_s = now - began - prefix.lookup_s
             self._rates.fetched(prefix.tokens, prefix.fetch_s)
 
-    async def _decode(self, spec: GenerateSpec, prefix: Prefix, blocks: list[EncodedBlock], until: float) -> None:
-        """Decode leading blocks into place until one cannot be read or the time is over; what is in place counts."""
-        size = self._block_tokens
-        readable = []
-        for i, block in enumerate(blocks):
-            if block.header.start != i * size or block.header.tokens != size or self._codec_of(block) is None:
-                break
-            readable.append(block)
-        for first in range(0, len(readable), DECODE_BLOCKS):
-            if self._clock.now() >= until:
-                return
-            batch = readable[first : first + DECODE_BLOCKS]
-            ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, ids)
-            self._account(prefix, batch)
+    async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], name: bytes, until: float) -> None:
+        """Fetch, and decode into place what has arrived while the rest is on its way."""
+        arrived: asyncio.Queue[EncodedBlock | None] = asyncio.Queue()
+
+        async def fetch() -> int:
+            try:
+                fetched = await self._client.fetch(
+                    hits, namespace=name, max_distortion=spec.max_distortion, input_tokens=len(spec.tokens),
+                    deadline_s=FETCH_SHARE * max(0.0, until - self._clock.now()), on_block=lambda _, block: arrived.put_nowait(block),
+                )  # fmt: skip
+                return fetched.bytes_fetched
+            finally:
+                arrived.put_nowait(None)
+
+        task = asyncio.create_task(fetch())
+        try:
+            await self._decode(spec, prefix, arrived, until)
+            prefix.report.bytes_fetched = await task
+        finally:
+            task.cancel()
+
+    async def _decode(self, spec: GenerateSpec, prefix: Prefix, arrived: asyncio.Queue[EncodedBlock | None], until: float) -> None:
+        """Decode blocks as they come until one cannot be read or the time is over; what is in place counts."""
+        size, more = self._block_tokens, True
+        while more and self._clock.now() < until:
+            batch: list[EncodedBlock] = []
+            first = prefix.tokens // size
+            while len(batch) < DECODE_BLOCKS and (not batch or not arrived.empty()):
+                block = await arrived.get()
+                more = block is not None and self._readable(block, (first + len(batch)) * size)
+                if not more:
+                    break
+                batch.append(block)
+            if batch:
+                ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, ids)
+                self._account(prefix, batch)
+
+    def _readable(self, block: EncodedBlock, start: int) -> bool:
+        return block.header.start == start and block.header.tokens == self._block_tokens and self._codec_of(block) is not None
 
     @torch.inference_mode()
     def _decode_batch(self, kv: LiveKV, first: int, batch: list[EncodedBlock], ids: list[Sequence[int]]) -> None:
