@@ -152,9 +152,16 @@ class BlockDecoder:
         CorruptBlockError
             For streams that no encoder writes.
         """
-        words, ends = self.words[index]
-        models, steps = self.models, self.ladder.steps
-        if not kernels.decode_group(
-            words, ends, self.tokens, kappa, shape, len(steps), *self.ladder.arrays, models.zero, models.centre, out_RT, *models.book.arrays
-        ):
-            raise CorruptBlockError(f"the entropy-coded streams of group {index} are damaged")
+        (words, ends), ladder, models = self.words[index], self.ladder, self.models
+        shape_RT = self.active(kappa), self.tokens
+        kinds = np.zeros(shape_RT, dtype=np.uint8)
+        lows = np.zeros(shape_RT, dtype=np.float32)
+        numbers = np.empty(shape_RT, dtype=np.int16)
+        for p, m in enumerate(ladder.steps):
+            now = kernels.active(kappa, m)
+            tables = kernels.tables_of(kappa, shape, now, p, ladder.steps, ladder.parts, ladder.log_width, models.zero)
+            if not rans.decode(words[ends[p] : ends[p + 1]], kinds[:now], tables, numbers[:now], *models.book.arrays):
+                raise CorruptBlockError(f"the entropy-coded streams of group {index} are damaged")
+            kernels.advance(numbers[:now], kinds, lows, kappa, p, ladder.steps, ladder.parts, ladder.width)
+        cells = (kinds, lows, kappa, shape, len(ladder.steps), ladder.steps, ladder.width, ladder.log_width)
+        kernels.rebuild(*cells, models.centre, out_RT)

@@ -2,6 +2,8 @@
 
 All work on one block. Legend: R coefficients (rows) of a group by falling sigma, T tokens, P passes. `kinds` [R, T] says in which pass a
 value left the dead zone, plus one; 0 while it is inside. `lows` [R, T] is the signed lower edge of its cell.
+
+numba's cache looks at the file of a kernel alone: change this file too when a constant of `models` changes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from ..entropy import rans
 from .models import ACTIVE, CLASS_STEPS, CLASSES, DEAD_ZONE, OCTAVE, PART_LOG, SLOPE_LOW, SLOPES, SPAN, ZERO_TABLES
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -83,20 +84,32 @@ def price(c, kinds, lows, kappa, shape, p, steps, parts, log_width, width, zero,
     bits = 0.0
     for r in range(count):
         f = _first_pass(kappa[r], steps)
-        fresh = f == p
+        if f == p:
+            table = tables[r, 0]
+            bits += _fresh_bits(c[r], np.float32(1) / step, cost[table], first[table], shift[table], escape[table])
+            continue
         row_bits = np.float32(0)
         for t in range(c.shape[1]):
-            kind = numba.int64(0) if fresh else numba.int64(kinds[r, t])
+            kind = numba.int64(kinds[r, t])
             table = tables[r, kind]
             if table < 0:
                 continue
             b = max(kind - 1, 0)
-            q = _number(c[r, t], kind, lows[r, t], fresh, step, parts[p, f, b], width[p, f, b])
-            symbol = (q - first[table]) >> shift[table]
-            if escape[table] >= 0 and (symbol < 0 or symbol >= escape[table] or cost[table, symbol] > 1000):
-                symbol = numba.int64(escape[table])
-            row_bits += cost[table, symbol]
+            q = _number(c[r, t], kind, lows[r, t], False, step, parts[p, f, b], width[p, f, b])
+            row_bits += cost[table, q - first[table]]
         bits += row_bits
+    return bits
+
+
+@_jit
+def _fresh_bits(c, inverse_step, cost, first, shift, escape):  # type: ignore[no-untyped-def]
+    """Bits of one coefficient's tokens when they are coded for the first time."""
+    bits = np.float32(0)
+    escaped = cost[escape]
+    for t in range(c.size):
+        q = int(min(abs(c[t]) * inverse_step, np.float32(_LIMIT)) + (np.float32(1) - _DEAD))
+        symbol = (q - first) >> shift
+        bits += min(cost[symbol], escaped) if symbol < escape else escaped
     return bits
 
 
@@ -162,36 +175,3 @@ def rebuild(kinds, lows, kappa, shape, passes, steps, width, log_width, centre, 
             size = abs(low) + centre[shape[r], which, at] * cell
             out[r, t] = -size if low < 0 else size
     out[count:] = 0
-
-
-@_jit
-def decode_group(words, ends, tokens, kappa, shape, passes, steps, parts, log_width, width, zero, centre, out,
-                 freq, start, slots, first, shift, escape):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Read the streams of one group of one block and rebuild its coefficients.
-
-    Parameters
-    ----------
-    words : uint16
-        The group's streams of all passes, one after the other; untrusted.
-    ends : int64 [passes + 1]
-        Where each stream begins and ends in `words`.
-    out : float32 [R, tokens]
-
-    Returns
-    -------
-    bool
-        False if the streams are not what an encoder writes.
-    """
-    count = active(kappa, steps[passes - 1])
-    kinds = np.zeros((count, tokens), dtype=np.uint8)
-    lows = np.zeros((count, tokens), dtype=np.float32)
-    numbers = np.empty((count, tokens), dtype=np.int16)
-    for p in range(passes):
-        now = active(kappa, steps[p])
-        tables = tables_of(kappa, shape, now, p, steps, parts, log_width, zero)
-        part = words[ends[p] : ends[p + 1]]
-        if not rans.decode(part, kinds[:now], tables, numbers[:now], freq, start, slots, first, shift, escape):
-            return False
-        advance(numbers[:now], kinds, lows, kappa, p, steps, parts, width)
-    rebuild(kinds, lows, kappa, shape, passes, steps, width, log_width, centre, out)
-    return True
