@@ -94,6 +94,8 @@ class Codec(ABC):
     uses_profile: ClassVar[bool] = False
     #: Whether `encode` and `decode` need the block's token ids.
     needs_tokens: ClassVar[bool] = False
+    #: Bound on the error of any value, as a share of the block's largest |K| or |V|; None where the rate that is asked for decides.
+    worst_error: ClassVar[float | None] = None
 
     @dataclass(frozen=True)
     class Config:

@@ -12,6 +12,7 @@ class Fp8Codec(ScaledByteCodec):
 
     name = "fp8"
     wire_id = 5
+    worst_error = 1 / 16
     top = 448.0
 
     @staticmethod

@@ -13,6 +13,7 @@ class Int4Codec(GroupedCodec):
 
     name = "int4"
     wire_id = 3
+    worst_error = 0.08
     bits = 4
     group = 64
     refits = 0

@@ -25,6 +25,7 @@ class Int8Codec(ScaledByteCodec):
 
     name = "int8"
     wire_id = 2
+    worst_error = 1 / 127
     top = 127.0
 
     @staticmethod

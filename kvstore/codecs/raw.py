@@ -20,6 +20,7 @@ class RawCodec(Codec):
 
     name = "raw"
     wire_id = 1
+    worst_error = 0.0
 
     def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
         exact = (Distortion(0.0, 0.0),)

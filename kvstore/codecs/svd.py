@@ -90,7 +90,7 @@ class SvdCodec(Codec):
         decoded[:, :, :, :exact] = first
         self._compose(parts, start + exact, decoded[:, :, :, exact:])
         scales = torch.stack((parts.peak_LK, parts.rms_LK))
-        runs = parts.codes_RN.view(-1, self._run).cpu().numpy()
+        runs = parts.codes_RN.view(widths.size, self._run).cpu().numpy()
         payload = b"".join((
             _HEAD.pack(parts.u_TR.shape[1], parts.step), _raw(first), _raw(scales), _raw(parts.mean_LKHD), _raw(parts.u_TR),
             widths.astype(np.uint8).tobytes(), bits.pack(runs, widths.reshape(-1)),
@@ -115,13 +115,13 @@ class SvdCodec(Codec):
         y = y - mean.float()[..., None, :]
         rms = y.square().flatten(2).sum(-1).div(max(flat.shape[-1], 1)).sqrt()
         rms = torch.where(rms > 0, rms, 1.0)
-        m_TN = (y / rms[..., None, None, None]).permute(3, 0, 1, 2, 4).reshape(tokens, -1)
+        m_TN = (y / rms[..., None, None, None]).permute(3, 0, 1, 2, 4).reshape(tokens, 2 * self.layout.layers * self._run)
         u_TR = torch.linalg.eigh(m_TN @ m_TN.T)[1].flip(1).half() if tokens else m_TN.new_zeros(0, 0).half()
         c_RN = u_TR.float().T @ m_TN
         fixed = _HEAD.size + _HEADER_BYTES + exact_bytes + 8 * peak.numel() + 2 * mean.numel()
         raw_bytes = self.layout.raw_bytes(tokens + (1 if exact_bytes else 0))
         step, widths = self._water_fill(c_RN, tokens, raw_bytes / self.config.ratio - fixed)
-        codes = (c_RN / step).round_().view(-1, self._run)
+        codes = (c_RN / step).round_().view(widths.size, self._run)
         codes = torch.where(torch.from_numpy(widths.reshape(-1, 1) > 0).to(codes.device), codes, 0.0).to(torch.int16)
         rank = int(np.flatnonzero(widths.any(1)).max(initial=-1)) + 1
         parts = _Parts(step, peak, rms, mean, u_TR[:, :rank].contiguous(), codes.view(tokens, m_TN.shape[1])[:rank])
@@ -129,7 +129,7 @@ class SvdCodec(Codec):
 
     def _water_fill(self, c_RN: torch.Tensor, tokens: int, budget_bytes: float) -> tuple[float, np.ndarray]:
         """The smallest step whose U, widths and codes fit the budget (or the largest that keeps the energy), and the runs' widths."""
-        runs = c_RN.view(c_RN.shape[0], -1, self._run)
+        runs = c_RN.view(c_RN.shape[0], 2 * self.layout.layers, self._run)
         if not runs.numel():
             return 1.0, np.zeros((0, 2 * self.layout.layers), np.int64)
         peaks = runs.abs().amax(-1).double().cpu().numpy()
