@@ -1,10 +1,17 @@
-"""Which node gets a new block: the emptiest by share, so that nodes of any size fill alike and a chain is spread over several."""
+"""Which node gets a new block: its parent's, for a run of blocks; the emptiest by share where a run begins.
+
+Nodes of any size fill alike, a long chain is read from several nodes at once, and the loss of a node cuts a chain at the end of a run
+rather than at its first or second block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from kvstore.metadata import NodeRecord
+
+#: Blocks of a chain that stay together: 1,024 tokens at 64 a block.
+RUN_BLOCKS = 16
 
 
 class Placement:
@@ -19,9 +26,19 @@ class Placement:
         before, self._nodes = self._nodes, {record.incarnation: record for record in nodes}
         self._sent = {i: self._sent.get(i, 0) if before.get(i) == record else 0 for i, record in self._nodes.items()}
 
-    def choose(self, size_bytes: int) -> str:
-        """The incarnation that a block of `size_bytes` should go to. At least one node must be known."""
-        chosen = min(self._nodes, key=lambda i: (self._fill(i, size_bytes), i))
+    def choose(self, size_bytes: int, depth: int, parent: str | None) -> str:
+        """The incarnation that a block of `size_bytes` should go to. At least one node must be known.
+
+        Parameters
+        ----------
+        size_bytes : int
+        depth : int
+            Number of ancestors in its chain.
+        parent : str or None
+            Incarnation of the node that has its parent; None when not known.
+        """
+        follows = parent in self._nodes and depth % RUN_BLOCKS
+        chosen = parent if follows else min(self._nodes, key=lambda i: (self._fill(i, size_bytes), i))
         self._sent[chosen] += size_bytes
         return chosen
 

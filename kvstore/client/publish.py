@@ -1,7 +1,7 @@
 """Write-behind publishing: a bounded queue that sheds what does not fit, and one task that empties it.
 
-The caller never waits. Each round takes a batch, asks the index once which of its blocks are already held as good, spreads the
-rest over the nodes with the most room, and sends one Put stream to each.
+The caller never waits. Each round takes a batch, asks the index once which of its blocks are already held as good and where their
+parents are, chooses nodes for the rest, and sends one Put stream to each.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Publisher:
         while batch and failures < ATTEMPTS:
             nodes = self._membership.living()
             try:
-                found = await self._lookup.locate([item.block.header.key for item in batch]) if nodes else None
+                found = await self._locate(batch) if nodes else None
             except ConcertinaError:
                 found = None
             if found is None:  # nobody there: wait, while the bounded queue sheds what is new
@@ -173,16 +173,26 @@ class Publisher:
             failures += 1
         self._drop(len(batch), "unavailable")
 
+    async def _locate(self, batch: Sequence[_Item]) -> dict[bytes, tuple[Location, ...]]:
+        """Where the batch's blocks are, and the parents that are not in it; one round trip."""
+        keys = dict.fromkeys(key for item in batch for key in (item.block.header.parent, item.block.header.key))
+        keys.pop(NO_PARENT, None)
+        return dict(zip(keys, await self._lookup.locate(list(keys)), strict=True))
+
     def _place(
-        self, batch: Iterable[_Item], found: Iterable[tuple[Location, ...]], nodes: dict[str, NodeRecord]
+        self, batch: Iterable[_Item], found: dict[bytes, tuple[Location, ...]], nodes: dict[str, NodeRecord]
     ) -> Iterator[tuple[NodeRecord, _Item]]:
         """A node for each block that no living node holds as good; a worse copy is replaced where it is."""
         self._placement.update(nodes.values())
-        for item, places in zip(batch, found, strict=True):
-            held = [place for place in places if place.incarnation in nodes]
+        homes = {key: place.incarnation for key, places in found.items() for place in places if place.incarnation in nodes}
+        for item in batch:
+            header = item.block.header
+            held = [place for place in found[header.key] if place.incarnation in nodes]
             if not held:
-                yield nodes[self._placement.choose(item.size_bytes)], item
-            elif all(place.fidelity < item.block.header.present for place in held):
+                home = self._placement.choose(item.size_bytes, header.start // header.tokens, homes.get(header.parent))
+                homes[header.key] = home
+                yield nodes[home], item
+            elif all(place.fidelity < header.present for place in held):
                 yield nodes[held[0].incarnation], item
 
     async def _send(self, placed: list[tuple[NodeRecord, _Item]]) -> list[_Item]:

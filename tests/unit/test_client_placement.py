@@ -1,10 +1,10 @@
-"""Placement: nodes fill alike, by share of their arena."""
+"""Placement: nodes fill alike, by share of their arena, and a chain stays together for a run."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from kvstore.client.placement import Placement
+from kvstore.client.placement import RUN_BLOCKS, Placement
 from kvstore.metadata import NodeRecord
 
 MIB = 1 << 20
@@ -15,7 +15,7 @@ def node(name: str, arena: int, used: int = 0) -> NodeRecord:
 
 
 def placed(placement: Placement, count: int) -> list[str]:
-    return [placement.choose(MIB)[0] for _ in range(count)]
+    return [placement.choose(MIB, 0, None)[0] for _ in range(count)]
 
 
 def test_equal_nodes_take_turns():
@@ -52,3 +52,22 @@ def test_a_new_report_replaces_what_was_guessed():
     assert placed(placement, 2) == ["a", "b"]
     placement.update([node("a", 64 * MIB, used=20 * MIB), node("b", 64 * MIB, used=1 * MIB)])
     assert set(placed(placement, 10)) == {"b"}
+
+
+def chain(placement: Placement, count: int) -> list[str]:
+    homes: list[str] = []
+    for depth in range(count):
+        homes.append(placement.choose(MIB, depth, homes[-1] if homes else None))
+    return [home[0] for home in homes]
+
+
+def test_a_chain_stays_together_for_a_run_and_then_moves_to_the_emptier_node():
+    placement = Placement()
+    placement.update([node("a", 640 * MIB), node("b", 640 * MIB)])
+    assert chain(placement, 3 * RUN_BLOCKS) == ["a"] * RUN_BLOCKS + ["b"] * RUN_BLOCKS + ["a"] * RUN_BLOCKS
+
+
+def test_a_child_of_a_node_that_is_gone_goes_where_there_is_room():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB, used=MIB), node("b", 64 * MIB)])
+    assert placement.choose(MIB, 5, "gone")[0] == "b"

@@ -8,6 +8,7 @@ import pytest
 
 from kvstore.block import EncodedBlock
 from kvstore.client import ClientConfig
+from kvstore.client.placement import RUN_BLOCKS
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import NO_PARENT
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -19,13 +20,12 @@ def where(bench: Bench) -> list[set[bytes]]:
 
 
 async def test_published_blocks_are_spread_over_both_nodes_and_whole():
-    blocks = chain(10)
+    blocks = chain(2 * RUN_BLOCKS)
     async with Bench() as bench:
-        assert bench.client.publish(blocks) == 10
+        assert bench.client.publish(blocks) == len(blocks)
         assert await bench.client.flush(5)
-        first, second = where(bench)
-        assert len(first) == len(second) == 5
-        assert not first & second
+        keys = [b.header.key for b in blocks]
+        assert sorted(where(bench), key=lambda held: keys[0] not in held) == [set(keys[:RUN_BLOCKS]), set(keys[RUN_BLOCKS:])]
         everything = bench.transport.stored[NODES[0].address] | bench.transport.stored[NODES[1].address]
         assert everything == {b.header.key: b.to_bytes() for b in blocks}
         assert bench.count("publish_queue_blocks") == 0
