@@ -38,6 +38,8 @@ class EngineConfig:
         Requests that hold live KV at once.
     max_queue : int
         Requests that may wait beyond those; more are refused with CapacityError.
+    max_live_tokens : int
+        Tokens of live KV that all requests may hold together; 0 is `max_batch` times the context window.
     max_context : int
         Longest prompt and answer together; 0 takes the model's own limit.
     prefill_tiles : int
@@ -65,6 +67,7 @@ class EngineConfig:
     block_tokens: int = 64
     max_batch: int = 8
     max_queue: int = 64
+    max_live_tokens: int = 0
     max_context: int = 0
     prefill_tiles: int = 4
     busy_prefill_tiles: int = 2
@@ -81,7 +84,8 @@ class EngineConfig:
             raise ConfigError(f"device {self.device!r} is not known; use cpu or cuda")
         for name, low, high in (
             ("threads", 0, 1024), ("block_tokens", 1, 4096), ("max_batch", 1, 1024), ("max_queue", 0, 1 << 20), ("max_context", 0, 1 << 24),
-            ("prefill_tiles", 1, 1024), ("busy_prefill_tiles", 1, 1024), ("publish_queue_blocks", 0, 1 << 24),
+            ("max_live_tokens", 0, 1 << 40), ("prefill_tiles", 1, 1024), ("busy_prefill_tiles", 1, 1024),
+            ("publish_queue_blocks", 0, 1 << 24),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:

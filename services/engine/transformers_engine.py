@@ -26,6 +26,7 @@ from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
 from services.model import fingerprint
 
+from .admission import Admission
 from .base import Delta, Engine, GenerateSpec, ModelInfo
 from .config import EngineConfig
 from .core import Core
@@ -41,7 +42,7 @@ from .shapes import find_shapes
 from .textstream import TextStream
 from .writer import BlockWriter
 
-#: Prompts whose blocks are fetched at a time beyond those that run; bounds the memory of fetched prefixes that wait for a slot.
+#: Requests that may fetch their blocks and then wait for a slot, beyond those that run.
 FETCH_AHEAD = 2
 #: Longest answer that room is made for at once; longer ones grow.
 ROOM_TOKENS = 512
@@ -97,7 +98,8 @@ class TransformersEngine(Engine):
             self._reader = StoreReader(
                 self._client, codec, digest, config.block_tokens, self._workers, self._rates, self.metrics, self._clock
             )
-        self._fetching = asyncio.Semaphore(config.max_batch + FETCH_AHEAD)
+        tokens = config.max_live_tokens or config.max_batch * self._loaded.context_window
+        self._admission = Admission(config.max_batch + FETCH_AHEAD, tokens // config.block_tokens)
         self._core = self._build_core(codec)
         self._core.start()
 
@@ -162,10 +164,9 @@ class TransformersEngine(Engine):
         self._active += 1
         id_ = f"{next(self._ids)}"
         try:
-            async with _until(spec, self._clock):
-                await self._fetching.acquire()
-            try:
+            async with contextlib.AsyncExitStack() as held:
                 async with _until(spec, self._clock):
+                    await held.enter_async_context(self._admission.room(self._blocks(spec)))
                     prefix = await self._prefix(spec)
                 stream = Stream(asyncio.get_running_loop())
                 self._core.submit(self._job(id_, spec, prefix, stream, press, arrived))
@@ -175,14 +176,24 @@ class TransformersEngine(Engine):
                         delta = await stream.next()
                     reason = delta.finish_reason
                     yield delta
-            finally:
-                self._fetching.release()
         finally:
             self._active -= 1
             self._core.cancel(id_)
 
+    def _limit(self, spec: GenerateSpec) -> int:
+        """Tokens of prompt and answer at most."""
+        return min(len(spec.tokens) + spec.sampling.max_new_tokens, self.info.context_window)
+
+    def _blocks(self, spec: GenerateSpec) -> int:
+        """Blocks of live KV that the request can come to hold; a press bounds them only once the prompt has been computed."""
+        blocks = -(-self._limit(spec) // self.config.block_tokens)
+        if blocks > self._admission.total_blocks:
+            most = self._admission.total_blocks * self.config.block_tokens
+            raise InvalidInputError(f"{self._limit(spec)} tokens of prompt and answer are more than this worker's {most}; ask for less")
+        return blocks
+
     async def _prefix(self, spec: GenerateSpec) -> Prefix:
-        limit = min(len(spec.tokens) + spec.sampling.max_new_tokens, self.info.context_window)
+        limit = self._limit(spec)
         kv = self._runner.new_kv(min(limit, len(spec.tokens) + ROOM_TOKENS), limit)
         return await self._reader.read(spec, kv) if self._reader else Prefix(kv)
 
