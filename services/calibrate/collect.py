@@ -38,8 +38,8 @@ def samples(model: Any, windows: Sequence[Sequence[int]], seed: int = 0) -> Iter
         with torch.no_grad():
             computed = model(ids[:, :prefix], use_cache=True, logits_to_keep=1).past_key_values
         leaves = [t.detach().requires_grad_() for layer in computed.layers for t in (layer.keys, layer.values)]
-        cache = _cache_of(leaves)
         with torch.enable_grad():
+            cache = _cache_of(leaves)
             log_p = model(ids[:, prefix:], use_cache=True, **{cache_argument: cache}).logits[0].float().log_softmax(-1)
             sampled = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             grads = torch.autograd.grad(log_p.gather(1, sampled).sum(), leaves)

@@ -47,7 +47,7 @@ PIECE = 512
 
 @torch.no_grad()
 def windows(model: Any, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
-    """`count` windows of `tokens` token ids, each of several pieces, sampled at temperature 1 from the upper 95 %.
+    """`count` windows of `tokens` token ids, each of several pieces, sampled at temperature 1 among 200 tokens.
 
     At most as many as there are openings for; all pieces are sampled in one batch.
     """
@@ -62,7 +62,7 @@ def windows(model: Any, tokenizer: Any, count: int, tokens: int, seed: int = 0) 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = model.generate(
-            **batch, do_sample=True, temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=length, min_new_tokens=length,
+            **batch, do_sample=True, temperature=1.0, top_k=200, max_new_tokens=length, min_new_tokens=length,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     padding = (batch["attention_mask"] == 0).sum(1).tolist()

@@ -142,7 +142,9 @@ class TransformCodec(Codec):
         for i, ratio in enumerate(rungs):
             if steps is None:
                 budget = rate.budget_bytes(raw, ratio, length, start, self.layout.raw_bytes(1)) - spent - (len(exact) if i == 0 else 0)
-                made = encoder.layer_within(budget, projection.guess(ratio))
+                # How far this block is from the usual shows in the layer before.
+                unusual = encoder.steps[-1] - projection.guess(rungs[i - 1]) if i else 0
+                made = encoder.layer_within(budget, projection.guess(ratio) + unusual)
             else:
                 made = encoder.layer_at(steps[i])
             first = LayerPayload(made.steps, made.words, exact, bfloat16) if i == 0 else made

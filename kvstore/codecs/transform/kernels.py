@@ -11,11 +11,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from .ladder import DITHER
 from .models import ACTIVE, CLASS_STEPS, CLASSES, DEAD_ZONE, OCTAVE, PART_LOG, SLOPE_LOW, SLOPES, SPAN, ZERO_TABLES
 
 _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 _DEAD = np.float32(DEAD_ZONE)
 _LIMIT = 32767
+DITHERS = len(DITHER)
 
 
 @_jit
@@ -55,9 +57,9 @@ def tables_of(kappa, shape, count, p, steps, parts, log_width, zero):  # type: i
         stayed = np.int64(zero[shape[r], min(k - steps[p - 1] - ACTIVE, SPAN - 1)])
         out[r, 0] = zero_base + min(ZERO_TABLES * stays // stayed, ZERO_TABLES - 1)
         for b in range(f, p):
-            n = parts[p, f, b]
+            n = parts[r % DITHERS, p, f, b]
             if n > 1:
-                slope = (log_width[p, f, b] - PART_LOG[n] - k - SLOPE_LOW) // CLASS_STEPS
+                slope = (log_width[r % DITHERS, p, f, b] - PART_LOG[n] - k - SLOPE_LOW) // CLASS_STEPS
                 out[r, b + 1] = cell_base + (n - 2) * SLOPES + min(max(slope, 0), SLOPES - 1)
     return out
 
@@ -95,7 +97,7 @@ def price(c, kinds, lows, kappa, shape, p, steps, parts, log_width, width, zero,
             if table < 0:
                 continue
             b = max(kind - 1, 0)
-            q = _number(c[r, t], kind, lows[r, t], False, step, parts[p, f, b], width[p, f, b])
+            q = _number(c[r, t], kind, lows[r, t], False, step, parts[r % DITHERS, p, f, b], width[r % DITHERS, p, f, b])
             row_bits += cost[table, q - first[table]]
         bits += row_bits
     return bits
@@ -123,7 +125,7 @@ def quantize(c, kinds, lows, kappa, p, steps, parts, width, numbers):  # type: i
         for t in range(c.shape[1]):
             kind = numba.int64(0) if fresh else numba.int64(kinds[r, t])
             b = max(kind - 1, 0)
-            numbers[r, t] = _number(c[r, t], kind, lows[r, t], fresh, step, parts[p, f, b], width[p, f, b])
+            numbers[r, t] = _number(c[r, t], kind, lows[r, t], fresh, step, parts[r % DITHERS, p, f, b], width[r % DITHERS, p, f, b])
 
 
 @_jit
@@ -145,7 +147,7 @@ def advance(numbers, kinds, lows, kappa, p, steps, parts, width):  # type: ignor
                     lows[r, t] = -edge if q < 0 else edge
             elif q > 0:
                 b = kinds[r, t] - 1
-                move = numba.float32(q) * width[p + 1, f, b]
+                move = numba.float32(q) * width[r % DITHERS, p + 1, f, b]
                 lows[r, t] += -move if lows[r, t] < 0 else move
 
 
@@ -156,14 +158,14 @@ def rebuild(kinds, lows, kappa, shape, passes, steps, width, log_width, centre, 
     for r in range(count):
         k = kappa[r]
         f = _first_pass(k, steps)
-        inner = np.float32(DEAD_ZONE + 0.5) * width[f + 1, f, f]
+        inner = np.float32(DEAD_ZONE + 0.5) * width[0, f + 1, f, f]
         for t in range(kinds.shape[1]):
             kind = numba.int64(kinds[r, t])
             if kind == 0:
                 out[r, t] = 0
                 continue
             b = kind - 1
-            cell = width[passes, f, b]
+            cell = width[r % DITHERS, passes, f, b]
             low = lows[r, t]
             if b > f and b == passes - 1:
                 which = 2
@@ -171,7 +173,7 @@ def rebuild(kinds, lows, kappa, shape, passes, steps, width, log_width, centre, 
                 which = 0
             else:
                 which = 1
-            at = min(max(k - log_width[passes, f, b] - ACTIVE, 0), SPAN - 1)
+            at = min(max(k - log_width[r % DITHERS, passes, f, b] - ACTIVE, 0), SPAN - 1)
             size = abs(low) + centre[shape[r], which, at] * cell
             out[r, t] = -size if low < 0 else size
     out[count:] = 0

@@ -8,6 +8,8 @@ of their width:
 * a value in a cell of width w: its cell is cut into round(w / s) equal parts;
 * a coefficient dropped so far (sigma too small for the step) and now active: quantized afresh.
 
+Rows (coefficients) round w / s at slightly different places, or the rate would jump where all cells of a kind begin to be cut.
+
 The chain rule of entropy makes this lossless but for the cells' widths: FIELD's residual quantizers lose about 5 % of the rate each.
 (Successive refinement by cutting cells: Equitz and Cover 1991; embedded dead-zone quantizers as in JPEG 2000.)
 """
@@ -15,6 +17,7 @@ The chain rule of entropy makes this lossless but for the cells' widths: FIELD's
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +29,9 @@ MAX_DROP = 2 * OCTAVE
 #: Step indices on the wire.
 MIN_STEP, MAX_STEP = -2048, 2048
 MAX_PASSES = 16
+_EDGES = PART_EDGES.tolist()
+#: Row r rounds up its number of parts ``DITHER[r mod 4]`` step indices later than round() would.
+DITHER = (-7, -2, 2, 7)
 
 
 def step_size(m: int) -> float:
@@ -42,13 +48,13 @@ class Ladder:
     steps : int32 [P]
         Step index of each pass, falling by at most `MAX_DROP`.
 
-    For f the pass in which a coefficient was first active and b ≥ f the one in which a value left the dead zone:
+    For d the row's dither, f the pass in which a coefficient was first active and b ≥ f the one in which a value left the dead zone:
 
-    parts : int32 [P, P, P]
-        ``parts[p, f, b]``: into how many parts pass p cuts such a cell.
-    log_width : int32 [P + 1, P, P]
-        ``log_width[p, f, b]``: step index of the cell's width before pass p.
-    width : float32 [P + 1, P, P]
+    parts : int32 [D, P, P, P]
+        ``parts[d, p, f, b]``: into how many parts pass p cuts such a cell.
+    log_width : int32 [D, P + 1, P, P]
+        ``log_width[d, p, f, b]``: step index of the cell's width before pass p.
+    width : float32 [D, P + 1, P, P]
         The width itself.
     """
 
@@ -61,21 +67,22 @@ class Ladder:
     def of(cls, steps: list[int]) -> Ladder:
         """The ladder of the given step indices."""
         n = len(steps)
-        parts = np.ones((n, n, n), dtype=np.int32)
-        log_width = np.zeros((n + 1, n, n), dtype=np.int32)
-        width = np.zeros((n + 1, n, n))
+        parts = np.ones((len(DITHER), n, n, n), dtype=np.int32)
+        log_width = np.zeros((len(DITHER), n + 1, n, n), dtype=np.int32)
+        width = np.zeros((len(DITHER), n + 1, n, n))
         for p, m in enumerate(steps):
             for f in range(p):
                 for b in range(f, p):
-                    k = int(np.searchsorted(PART_EDGES, log_width[p, f, b] - m, side="right")) + 1
-                    parts[p, f, b] = k
-                    log_width[p + 1, f, b] = log_width[p, f, b] - PART_LOG[k]
-                    width[p + 1, f, b] = width[p, f, b] / k
+                    for d, late in enumerate(DITHER):
+                        k = bisect_right(_EDGES, log_width[d, p, f, b] - m - late) + 1
+                        parts[d, p, f, b] = k
+                        log_width[d, p + 1, f, b] = log_width[d, p, f, b] - PART_LOG[k]
+                        width[d, p + 1, f, b] = width[d, p, f, b] / k
                 ring = DEAD_ZONE * (step_size(steps[p - 1]) - step_size(m))
-                log_width[p + 1, f, p] = round(OCTAVE * math.log2(ring))
-                width[p + 1, f, p] = ring
-            log_width[p + 1, p, p] = m
-            width[p + 1, p, p] = step_size(m)
+                log_width[:, p + 1, f, p] = round(OCTAVE * math.log2(ring))
+                width[:, p + 1, f, p] = ring
+            log_width[:, p + 1, p, p] = m
+            width[:, p + 1, p, p] = step_size(m)
         return cls(np.array(steps, dtype=np.int32), parts, log_width, width.astype(np.float32))
 
     @property

@@ -19,12 +19,12 @@ import torch
 
 from kvstore.block import Distortion
 from kvstore.errors import InvalidInputError
-from kvstore.layout import KVLayout
+from kvstore.layout import RATIO_BYTES_PER_VALUE, KVLayout
 
-from ..entropy.book import Book
+from ..entropy.book import TOTAL, Book
 from ..profile import Profile
 from .groups import Group
-from .models import OCTAVE, Models
+from .models import ACTIVE, CLASS_STEPS, CLASSES, OCTAVE, Models
 
 #: Random directions in which the error of a block's K, and of its V, is measured: relative accuracy ~ sqrt(2 / (S · tokens · groups)).
 SKETCH = 64
@@ -55,7 +55,7 @@ class Projection:
             book = Book(t["models.freq"].numpy().astype(np.uint16), *(t[f"models.{n}"].numpy() for n in ("first", "shift", "escape")))
             self.models = Models(book, t["models.zero"].numpy().astype(np.uint16), t["models.centre"].numpy())
             self.divergence = float(profile.facts["divergence"])
-            self.usual_steps = _usual_steps(self.kappa)
+            self.usual_steps = _usual_steps(self.kappa, self.shape, book)
             # What RoPE multiplies the length of each channel of a key by.
             self._key_scale = torch.ones(layout.head_dim)
             self._key_scale[: layout.rope.rotary_dim] = layout.rope.scale
@@ -149,7 +149,8 @@ class Projection:
 
     def guess(self, ratio: float) -> int:
         """Step index at which a block usually meets `ratio`, for the search to start from."""
-        return round(np.interp(np.log2(ratio), *self.usual_steps))
+        ratios, steps = self.usual_steps
+        return round(np.interp(-np.log2(ratio), -ratios, steps))
 
 
 def _groups(layers: list[int], layout: KVLayout) -> tuple[Group, ...]:
@@ -162,10 +163,16 @@ def _groups(layers: list[int], layout: KVLayout) -> tuple[Group, ...]:
     return tuple(out)
 
 
-def _usual_steps(kappa: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """log2 of ratios, rising, and the step index of each, by the rate of Gaussian coefficients: ½·log2(1 + (sigma/step)²·12/πe) bits."""
-    everything = np.concatenate(kappa).astype(np.float64)
-    steps = np.arange(int(everything.max()) + 4 * OCTAVE, int(np.median(everything)) - 8 * OCTAVE, -4)
-    bits = np.array([0.5 * np.log2(1 + 1.4 * np.exp2((everything - m) / (OCTAVE / 2))).sum() for m in steps])
-    ratio = np.log2(16 * len(everything) / np.maximum(bits, 1e-3))
-    return ratio[::-1], steps[::-1].astype(np.float64)
+def _usual_steps(kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], book: Book) -> tuple[np.ndarray, np.ndarray]:
+    """log2 of ratios, falling, and the step index of each, if coefficients are as calibration found them."""
+    p = book.freq / TOTAL
+    entropy = np.where(p > 0, p * np.where(p > 0, book.cost, 0), 0).sum(1)
+    k, s = np.concatenate(kappa).astype(np.int64), np.concatenate(shape)
+    steps = np.arange(int(k.max()) + OCTAVE, int(np.median(k)) - 8 * OCTAVE, -4)
+    bits = []
+    for m in steps:
+        above = k - m - ACTIVE
+        table = s * CLASSES + np.minimum(above // CLASS_STEPS, CLASSES - 1)
+        bits.append(entropy[table[above >= 0]].sum())
+    ratio = np.log2(8 * RATIO_BYTES_PER_VALUE * len(k) / np.maximum(bits, 1e-3))
+    return ratio, steps.astype(np.float64)
