@@ -36,7 +36,8 @@ def samples(model: Any, windows: Sequence[Sequence[int]], seed: int = 0) -> Iter
         ids = torch.tensor(window, device=model.device)[None]
         prefix = max(1, ids.shape[1] - CONTINUED)
         with torch.no_grad():
-            computed = model(ids[:, :prefix], use_cache=True, logits_to_keep=1).past_key_values
+            out = model(ids[:, :prefix], use_cache=True, logits_to_keep=1)
+            computed = getattr(out, cache_argument)
         leaves = [t.detach().requires_grad_() for layer in computed.layers for t in (layer.keys, layer.values)]
         with torch.enable_grad():
             cache = _cache_of(leaves)

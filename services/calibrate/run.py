@@ -19,7 +19,7 @@ from . import collect, texts, writing
 #: Share of the mix that files given by the user make up; the rest keeps a profile fit for what they do not cover.
 GIVEN_SHARE = 0.75
 #: Share of the mix that the model writes itself, when it is not told what to read.
-WRITTEN_SHARE = 0.2
+WRITTEN_SHARE = 0.25
 #: Fewest tokens that can tell a basis from noise.
 MIN_TOKENS = 4 * collect.WINDOW
 

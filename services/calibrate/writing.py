@@ -41,22 +41,19 @@ OPENINGS = (
     "User: Write a poem about the sea.\nAssistant:",
     "crash 1. /n./ A sudden, usually drastic failure. Most often said of",
 )
-#: Tokens of a piece; longer ones wander.
-PIECE = 512
+#: Tokens of a piece. Longer ones wander, and cost more: each step reads the cache of all that was written before.
+PIECE = 256
 
 
 @torch.no_grad()
 def windows(model: Any, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
-    """`count` windows of `tokens` token ids, each of several pieces, sampled at temperature 1 among 200 tokens.
-
-    At most as many as there are openings for; all pieces are sampled in one batch.
-    """
-    each = -(-tokens // PIECE)
-    count = min(count, len(OPENINGS) // each)
+    """`count` windows of `tokens` token ids, each of several pieces, sampled at temperature 1 among 200 tokens, all in one batch."""
     if not count:
         return []
+    each = -(-tokens // PIECE)
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(count * each)]
     tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batch = tokenizer(list(OPENINGS[: count * each]), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    batch = tokenizer(openings, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     length = -(-tokens // each)
     # `generate` samples from torch's global generator: a caller's random state stays its own.
     with torch.random.fork_rng():

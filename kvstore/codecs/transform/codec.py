@@ -92,8 +92,7 @@ class TransformCodec(Codec):
 
     def __init__(self, layout: KVLayout, profile: Any = None, config: Any = None) -> None:
         super().__init__(layout, profile, config)
-        self.projection = Projection.of(self.profile, layout)
-        self.needs_tokens = self.projection.predicts
+        self.needs_tokens = Projection.of(self.profile, layout).predicts
 
     # ------------------------------------------------------------------------------------------------------------- encode
 
@@ -107,20 +106,21 @@ class TransformCodec(Codec):
 
     def _encode_chunk(self, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], tokens: torch.Tensor | None) -> list[Coded]:
         blocks, length = len(starts), k.shape[3]
+        projection = Projection.of(self.profile, self.layout, k.device)
         positions = torch.tensor(starts, device=k.device)[:, None] + torch.arange(length, device=k.device)
-        rows = self.projection.rows(tokens, k.device)
+        rows = projection.rows(tokens)
         coefficients = []
-        for i, group in enumerate(self.projection.groups):
+        for i, group in enumerate(projection.groups):
             x = gather(unrotate(self.layout, k[:, group.first : group.last], positions), v[:, group.first : group.last])
-            x -= self.projection.base(i, rows, len(x))
-            coefficients.append((self.projection.encoders[i].T @ x.T).view(-1, blocks, length).cpu().numpy())
+            x -= projection.base(i, rows, len(x))
+            coefficients.append((projection.encoders[i].T @ x.T).view(-1, blocks, length).cpu().numpy())
         energy = [[float(x[b].float().square().sum()) for x in (k, v)] for b in range(blocks)]
 
         def one(b: int) -> Coded:
             exact, bfloat16 = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
             skip = 1 if exact else 0
             mine = [np.ascontiguousarray(c[:, b, skip:]) for c in coefficients]
-            return self._encode_block(mine, starts[b], length, exact, bfloat16, energy[b])
+            return self._encode_block(projection, mine, starts[b], length, (exact, bfloat16), energy[b])
 
         return spread(one, range(blocks))
 
@@ -132,12 +132,13 @@ class TransformCodec(Codec):
         return first.to(torch.bfloat16 if large else torch.float16).view(torch.uint8).cpu().numpy().tobytes(), large
 
     def _encode_block(
-        self, coefficients: list[np.ndarray], start: int, length: int, exact: bytes, bfloat16: bool, energy: Sequence[float]
+        self, projection: Projection, coefficients: list[np.ndarray], start: int, length: int,
+        sink: tuple[bytes, bool], energy: Sequence[float],
     ) -> Coded:
-        projection, rungs = self.projection, self.config.rungs
+        rungs, (exact, bfloat16) = self.config.rungs, sink
         encoder = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
         raw, spent = self.layout.raw_bytes(length), self._header_bytes(len(rungs))
-        steps = self._steps_for_divergence(coefficients, len(rungs)) if self.config.max_divergence is not None else None
+        steps = self._steps_for_divergence(projection, coefficients, len(rungs)) if self.config.max_divergence is not None else None
         layers, distortions, divergences = [], [], []
         for i, ratio in enumerate(rungs):
             if steps is None:
@@ -155,9 +156,8 @@ class TransformCodec(Codec):
             divergences.append(projection.expected_divergence(errors))
         return Coded(tuple(layers), tuple(distortions), tuple(divergences))
 
-    def _steps_for_divergence(self, coefficients: list[np.ndarray], count: int) -> list[int]:
+    def _steps_for_divergence(self, projection: Projection, coefficients: list[np.ndarray], count: int) -> list[int]:
         """Step indices of the layers, the last one as coarse as `max_divergence` allows."""
-        projection = self.projection
 
         def harm(m: int) -> float:
             trial = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
@@ -187,11 +187,12 @@ class TransformCodec(Codec):
             self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
 
     def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
-        length, projection, device = blocks[0].tokens, self.projection, k.device
-        parsed = [self._parsed(b) for b in blocks]
+        length, device = blocks[0].tokens, k.device
+        projection = Projection.of(self.profile, self.layout, device)
+        parsed = [self._parsed(b, len(projection.groups)) for b in blocks]
         exact = [layers[0] if b.start == 0 else None for b, layers in zip(blocks, parsed, strict=True)]
         decoders = [BlockDecoder.of(projection.models, length - (e is not None), p) for e, p in zip(exact, parsed, strict=True)]
-        rows = projection.rows(tokens, device)
+        rows = projection.rows(tokens)
         rotation = self._rotation(blocks, length, device)
         for i, group in enumerate(projection.groups):
             kappa, shape = projection.kappa[i], projection.shape[i]
@@ -204,8 +205,7 @@ class TransformCodec(Codec):
                 decoders[b].group(i, kappa, shape, c[:, b, skip:])
 
             spread(one, range(len(blocks)))
-            x = projection.base(i, rows, len(blocks) * length)
-            x.addmm_(torch.from_numpy(c).to(device).flatten(1).T, projection.decoders[i][:count])
+            x = projection.values(i, torch.from_numpy(c).to(device).flatten(1), rows)
             keys, values = split(x, group, self.layout, len(blocks))
             k[:, group.first : group.last] = rotation(keys)
             v[:, group.first : group.last] = values
@@ -213,9 +213,8 @@ class TransformCodec(Codec):
             if layer is not None:
                 self._put_exact(layer, k[b], v[b])
 
-    def _parsed(self, block: Stored) -> list[LayerPayload]:
+    def _parsed(self, block: Stored, groups: int) -> list[LayerPayload]:
         sink = self.layout.raw_bytes(1) if block.start == 0 else 0
-        groups = len(self.projection.groups)
         return [LayerPayload.from_bytes(data, groups, sink if i == 0 else 0) for i, data in enumerate(block.layers)]
 
     def _rotation(self, blocks: Sequence[Stored], length: int, device: torch.device) -> Any:

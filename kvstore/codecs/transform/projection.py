@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .models import ACTIVE, CLASS_STEPS, CLASSES, OCTAVE, Models
 SKETCH = 64
 #: What float32 can hold of a relative error whose denominator vanishes.
 _LARGEST = 3e38
-_READY: weakref.WeakKeyDictionary[Profile, Projection] = weakref.WeakKeyDictionary()
+_READY: weakref.WeakKeyDictionary[Profile, dict[torch.device, Projection]] = weakref.WeakKeyDictionary()
 
 
 class Projection:
@@ -42,12 +42,13 @@ class Projection:
         If the profile's tensors do not fit together.
     """
 
-    def __init__(self, profile: Profile, layout: KVLayout) -> None:
+    def __init__(self, profile: Profile, layout: KVLayout, device: torch.device) -> None:
         profile.check(layout)
+        self.device = device
         t = profile.tensors
         try:
             self.groups = _groups(profile.facts["groups"], layout)
-            self.mean = t["mean"].float()
+            self.mean = t["mean"].float().to(device)
             self.weight = t["weight"].double()
             self.basis = [t[f"basis.{i}"] for i in range(len(self.groups))]
             self.kappa = [np.ascontiguousarray(t["kappa"].numpy()[g.columns], dtype=np.int32) for g in self.groups]
@@ -61,18 +62,20 @@ class Projection:
             self._key_scale[: layout.rope.rotary_dim] = layout.rope.scale
         except (KeyError, TypeError) as error:
             raise InvalidInputError(f"the profile lacks {error}; calibrate again") from error
-        self.table, self.map = t.get("predict.table"), t.get("predict.map")
+        table = t.get("predict.table")
+        self.table, self.map = None if table is None else table.to(device), t.get("predict.map")
         if [b.shape for b in self.basis] != [(g.width, g.width) for g in self.groups]:
             raise InvalidInputError("the profile's basis does not fit its groups; calibrate again")
 
     @classmethod
-    def of(cls, profile: Profile, layout: KVLayout) -> Projection:
-        """The projection of `profile`, made once for each profile object."""
+    def of(cls, profile: Profile, layout: KVLayout, device: torch.device | str = "cpu") -> Projection:
+        """The projection of `profile` on `device`, made once for each profile object."""
         profile.check(layout)
-        cached = _READY.get(profile)
-        if cached is None:
-            cached = _READY.setdefault(profile, cls(profile, layout))
-        return cached
+        device = torch.device(device)
+        ready = _READY.setdefault(profile, {})
+        if device not in ready:
+            ready[device] = cls(profile, layout, device)
+        return ready[device]
 
     @property
     def predicts(self) -> bool:
@@ -82,25 +85,26 @@ class Projection:
     @cached_property
     def encoders(self) -> list[torch.Tensor]:
         """E of each group, float32 [C, R]."""
-        return [(self._block(g, self.weight) @ u.double()).float() for g, u in zip(self.groups, self.basis, strict=True)]
+        return [(self._block(g, self.weight) @ u.double()).float().to(self.device) for g, u in zip(self.groups, self.basis, strict=True)]
 
     @cached_property
     def decoders(self) -> list[torch.Tensor]:
-        """D of each group, float32 [R, C]."""
-        inverse = torch.linalg.inv(self.weight)
-        return [(u.double().T @ self._block(g, inverse)).float() for g, u in zip(self.groups, self.basis, strict=True)]
+        """D of each group, [R, C] in the type of `product_dtype`."""
+        inverse, dtype = torch.linalg.inv(self.weight), product_dtype(self.device.type)
+        return [(u.double().T @ self._block(g, inverse)).to(self.device, dtype) for g, u in zip(self.groups, self.basis, strict=True)]
 
     @cached_property
     def maps(self) -> list[torch.Tensor]:
         """M of each group, float32 [rank, C]."""
-        return [self.map[:, g.columns].float() for g in self.groups]
+        return [self.map[:, g.columns].float().to(self.device) for g in self.groups]
 
     @cached_property
     def sketches(self) -> list[torch.Tensor]:
-        """D times random orthonormal-in-expectation directions of K, then of V: float32 [R, 2·S], scaled to keep squared norms."""
+        """D times random signs over K, then over V: float32 [R, 2·S] on the CPU, scaled to keep squared norms."""
         out = []
         for i, d in enumerate(self.decoders):
             half = d.shape[1] // 2
+            d = d.float().cpu()
             keys = d[:, :half] * self._key_scale.repeat(half // len(self._key_scale))
             generator = torch.Generator().manual_seed(i)
             signs = [torch.randint(0, 2, (half, SKETCH), generator=generator).float() * 2 - 1 for _ in range(2)]
@@ -111,7 +115,7 @@ class Projection:
     def _block(group: Group, blocks: torch.Tensor) -> torch.Tensor:
         return torch.block_diag(*blocks[group.first : group.last].transpose(0, 1).flatten(0, 2))
 
-    def rows(self, tokens_BT: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    def rows(self, tokens_BT: torch.Tensor | None) -> torch.Tensor | None:
         """p of each token, float32 [N, rank]; None where nothing is predicted.
 
         Raises
@@ -124,7 +128,7 @@ class Projection:
         ids = tokens_BT.reshape(-1).cpu()
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(self.table)):
             raise InvalidInputError(f"token ids must be from 0 to {len(self.table) - 1}, the vocabulary of the profile")
-        return self.table[ids].float().to(device)
+        return self.table[ids.to(self.device)].float()
 
     def base(self, group: int, rows_NR: torch.Tensor | None, count: int) -> torch.Tensor:
         """mu + p·M, what is known without the block: float32 [N, C]."""
@@ -151,6 +155,21 @@ class Projection:
         """Step index at which a block usually meets `ratio`, for the search to start from."""
         ratios, steps = self.usual_steps
         return round(np.interp(-np.log2(ratio), -ratios, steps))
+
+    def values(self, group: int, c_RN: torch.Tensor, rows_NR: torch.Tensor | None) -> torch.Tensor:
+        """Values of a group from its first R coefficients: float32 [N, C]."""
+        x = self.base(group, rows_NR, c_RN.shape[1])
+        d = self.decoders[group][: len(c_RN)]
+        return x.addmm_(c_RN.T, d) if d.dtype == x.dtype else x.add_(c_RN.T.to(d.dtype) @ d)
+
+
+@lru_cache(maxsize=4)
+def product_dtype(device_type: str) -> torch.dtype:
+    """bfloat16 where it is multiplied natively: it adds 0.3 % to the squared error at 8 times, less above. Else float32."""
+    if device_type != "cpu":
+        return torch.bfloat16
+    native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(test is not None and test() for test in native) else torch.float32
 
 
 def _groups(layers: list[int], layout: KVLayout) -> tuple[Group, ...]:
