@@ -217,7 +217,7 @@ async def test_blocks_computed_on_a_lossy_prefix_carry_it_as_provenance(model):
 
 async def test_live_tokens_are_bounded_over_all_requests(model):
     async with running(model, max_live_tokens=96) as engine:
-        with pytest.raises(InvalidInputError, match="more than this worker.s 96"):
+        with pytest.raises(InvalidInputError, match=r"more than this worker.s 96"):
             await answer(engine, spec(prompt(90), 20))
         answers = await asyncio.gather(*(answer(engine, spec(prompt(30), 30)) for _ in range(3)))
         assert all(len(tokens) == 30 for tokens, _ in answers)
