@@ -56,11 +56,11 @@ def _play(plan: Plan, system: record.SystemRecord) -> list[Row]:
     from services.demo.store import Store
     from services.demo.story import Story
 
-    _say(f"bringing up Redis, {plan.nodes} store nodes of {plan.arena_bytes >> 20} MiB and a worker …")
-    launch.launch(plan, system, _say)
+    _say(f"bringing up Redis, {plan.nodes} store nodes of {plan.arena_bytes >> 20} MiB, a worker, and a second one for later …")
+    children = launch.begin(plan, system, _say)
     address = f"127.0.0.1:{bound_port('127.0.0.1', 0)}"
-    _say("and a second worker process, on the same nodes …")
-    launch.wait([launch.start_worker(dataclasses.replace(plan, codec="raw"), system, "worker-2", address)], _say)
+    children.append(launch.start_worker(dataclasses.replace(plan, codec="raw"), system, "worker-2", address))
+    launch.finish(plan, system, children, _say)
     first, second = Client(system.inference or ""), Client(address)
     story = Story(first, second, Store(system.redis or ""), _say)
     for row in story.run():

@@ -38,6 +38,15 @@ class Store:
         """The living nodes' accounts."""
         return [self._state(record) for record in members(self._redis)[0]]
 
+    def last_used(self) -> NodeState:
+        """The node that served or took a block most recently."""
+        idle_s = {}
+        for record in members(self._redis)[0]:
+            with channel(record.address) as opened:
+                blocks = rpc.KVStoreServiceStub(opened).List(pb.ListRequest(limit=10_000), timeout=TIMEOUT_S).blocks
+            idle_s[record.id] = min((block.idle_seconds for block in blocks), default=float("inf"))
+        return min(self.nodes(), key=lambda node: idle_s.get(node.id, float("inf")))
+
     def settled(self, timeout_s: float = 30.0) -> list[NodeState]:
         """The accounts once publishing, which runs behind the answers, has come to rest. Raises TransportError if it does not."""
         deadline = time.monotonic() + timeout_s

@@ -57,6 +57,11 @@ def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None
     ConfigError, TransportError
         Name the part that failed, with the end of its log.
     """
+    finish(plan, system, begin(plan, system, say), say)
+
+
+def begin(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> list[Child]:
+    """The first half of `launch`: Redis is up and all other parts are starting."""
     redis_port = _reserve(plan, system)
     if plan.redis:
         members(plan.redis)  # an answer, or an error that says there is none
@@ -64,13 +69,16 @@ def launch(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> None
         _start_redis(system, redis_port, say)
     system.codec = plan.codec
     system.model = plan.model.name if plan.model else None
+    say(f"starting {plan.nodes} store node(s)" + (f" and {plan.workers} worker(s) of {system.model} …" if plan.workers else " …"))
     children = [start(system, f"node-{number}", plan.node_command(number, system.redis), NODE_TIMEOUT_S) for number in range(plan.nodes)]
     if plan.workers:
         children.append(start_worker(plan, system, "worker", system.inference))
-        say(f"starting {plan.nodes} store node(s) and {plan.workers} worker(s) of {system.model} …")
-    else:
-        say(f"starting {plan.nodes} store node(s) …")
-    wait(children, say)
+    return children
+
+
+def finish(plan: Plan, system: SystemRecord, children: list[Child], say: Callable[[str], None]) -> None:
+    """The second half of `launch`: wait until all `children` are ready and have joined."""
+    _wait(children, say)
     _wait_for_members(plan, system.redis)
     system.phase = UP
     system.save()
@@ -99,7 +107,7 @@ def start(system: SystemRecord, part: str, command: list[str], timeout_s: float)
     return Child(part, process, out, log, time.monotonic(), timeout_s)
 
 
-def wait(children: list[Child], say: Callable[[str], None]) -> None:
+def _wait(children: list[Child], say: Callable[[str], None]) -> None:
     """Until each has printed its line of JSON. Raises ConfigError or TransportError for the first that fails."""
     began = time.monotonic()
     waiting, remind_s = list(children), REMIND_S
