@@ -20,6 +20,9 @@ from kvstore.settings import set_environment
 OBJECT_STORE_BYTES = 100 << 20
 #: A Unix socket's path may have 107 bytes; Ray puts about 70 below its directory.
 MAX_DIRECTORY_BYTES = 36
+#: OpenMP threads that wait for work by spinning take the cores from the store's nodes and from Ray, and a step takes seven times as
+#: long; so they sleep. Torch reads that when it is imported.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Ray reads these when it is imported. The fourth has it take 127.0.0.1 as the node's address, which on Linux it would otherwise
 #: replace by the machine's own and so open its ports to the network. The next two have it start a process when it is needed, not
 #: ahead. The last bounds a message before it is read, at far more than any prompt takes.
@@ -61,7 +64,7 @@ def private_ray(directory: Path | None, cpus: float, gpus: int, threads: int) ->
     token = directory / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    set_environment({**ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": str(threads)})
+    set_environment({**ENVIRONMENT, **THREADS, "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": str(threads)})
     import ray  # only now: see ENVIRONMENT
     from ray import serve
 
