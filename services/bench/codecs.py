@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> Result:
     rounds = args.rounds or (3 if args.quick else 9)
     if args.block < 1 or tokens < args.block:
         raise ConfigError(f"--tokens {tokens} must hold at least one block of {args.block}")
-    model = CachedModel(resolve_model(args.model), torch.bfloat16)
+    model = CachedModel.load(resolve_model(args.model), torch.bfloat16)
     ids = _prompt(model, tokens // args.block * args.block)
     profile = Profile.load(args.profile) if args.profile else None
     chosen = [n for n in args.codec or names() if profile is not None or not codec_class(n).uses_profile]

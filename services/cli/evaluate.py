@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and not args.compare:
         raise ConfigError("--plot draws what --compare measures; give both")
     from kvstore.codecs import Profile, codec_class
+    from services.evaluate.model import CachedModel
     from services.evaluate.report import Evaluation, Plan, plot, table
     from services.model.resolve import resolve_model
     from services.progress import Progress
@@ -42,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {} if args.ratio is None else {"ratio": args.ratio}
     if not args.compare and codec_class(args.codec).uses_profile and profile is None:
         raise ConfigError(f"codec {args.codec!r} needs --profile; make one with `concertina calibrate`")
-    plan = Plan(resolve_model(args.model), args.texts, args.prefix, args.continued, args.windows, not args.quick)
+    plan = Plan(args.texts, args.prefix, args.continued, args.windows, not args.quick)
     with Progress("evaluating") as progress:
-        evaluation = Evaluation(plan, lambda what, done, total: progress(done, total))
+        evaluation = Evaluation(CachedModel.load(resolve_model(args.model)), plan, lambda what, done, total: progress(done, total))
         if args.compare:
             results = evaluation.compare(profile, args.block)
         else:

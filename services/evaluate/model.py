@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,23 +21,19 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 
 class CachedModel:
-    """A model in float32, with its tokenizer.
+    """A causal LM of `transformers` and its tokenizer; arithmetic and cache in the model's own dtype."""
 
-    Parameters
-    ----------
-    model_dir : Path
-        A Hugging Face model directory.
-    dtype : torch.dtype
-        Of the arithmetic and the cache.
-    """
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.layout = KVLayout.from_model_config(model.config, model.dtype)
+        self._argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
+    @classmethod
+    def load(cls, model_dir: Path, dtype: torch.dtype = torch.float32) -> CachedModel:
+        """The model in a Hugging Face directory, loaded as `dtype`."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
-        self.layout = KVLayout.from_model_config(self.model.config, dtype)
-        self._argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        return cls(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype), AutoTokenizer.from_pretrained(model_dir))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of `text` as it is."""

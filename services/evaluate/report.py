@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvstore.codecs import Codec, Profile, codec_class, create
@@ -46,7 +45,6 @@ class Plan:
         Whether to run recall, pass key and the five rounds too.
     """
 
-    model_dir: Path
     texts: Sequence[str] = ()
     prefix_tokens: int = 1024
     continued_tokens: int = 256
@@ -57,11 +55,10 @@ class Plan:
 class Evaluation:
     """The reference run of a plan, against which any number of codecs is measured."""
 
-    def __init__(self, plan: Plan, report: Report = lambda what, done, total: None) -> None:
+    def __init__(self, model: CachedModel, plan: Plan, report: Report = lambda what, done, total: None) -> None:
         if plan.prefix_tokens < 8 or plan.continued_tokens < 8:
             raise ConfigError("--prefix and --continue take at least 8 tokens each")
-        self.plan, self.report = plan, report
-        self.model = CachedModel(plan.model_dir)
+        self.model, self.plan, self.report = model, plan, report
         found = windows.collect(self.model, plan.texts, plan.prefix_tokens + plan.continued_tokens, plan.most_windows)
         self.prepared = divergence.prepare(self.model, found, plan.prefix_tokens, lambda d, t: report("reading", d, t))
         self.questions: dict[str, tasks.Accuracy] = {}
