@@ -40,8 +40,8 @@ from .projection import Projection
 COARSEST = 32.0
 #: Step indices between layers when a divergence is asked for instead of a ratio: about a factor of two in bytes.
 DIVERGENCE_DROP = 42
-#: Most tokens that are transformed at once; bounds the memory beside the result.
-CHUNK_TOKENS = 2048
+#: Most values that are transformed at once (2,048 tokens of the default model); bounds the memory beside the result.
+CHUNK_VALUES = 24 << 20
 MAX_BLOCK_TOKENS = 1024
 
 
@@ -98,7 +98,7 @@ class TransformCodec(Codec):
 
     def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
         out: list[Coded] = []
-        per = max(1, CHUNK_TOKENS // k_BLHTD.shape[3])
+        per = max(1, CHUNK_VALUES // (self.layout.values_per_token * k_BLHTD.shape[3]))
         for at in range(0, len(starts), per):
             chunk = slice(at, at + per)
             out += self._encode_chunk(k_BLHTD[chunk], v_BLHTD[chunk], starts[chunk], None if tokens_BT is None else tokens_BT[chunk])
@@ -181,7 +181,7 @@ class TransformCodec(Codec):
         length = blocks[0].tokens
         if length > MAX_BLOCK_TOKENS:
             raise CorruptBlockError(f"a block of {length} tokens; codec {self.name!r} writes at most {MAX_BLOCK_TOKENS}")
-        per = max(1, CHUNK_TOKENS // length)
+        per = max(1, CHUNK_VALUES // (self.layout.values_per_token * length))
         for at in range(0, len(blocks), per):
             chunk = slice(at, at + per)
             self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
