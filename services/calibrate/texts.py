@@ -58,7 +58,7 @@ def everywhere() -> list[tuple[float, list[str]]]:
     kinds: list[tuple[float, list[str]]] = [
         (0.3, sources),
         (0.25, [_language_reference()]),
-        (0.2, [_docstrings(sources), *(_docstrings(_sources(packages / name, 4000, 150)) for name in _DOCUMENTED)]),
+        (0.2, [_docstrings(sources[::8]), *(_docstrings(_sources(packages / name, 20_000, 25)) for name in _DOCUMENTED)]),
         (0.15, [_text(p) for p in sorted(packages.glob("*.dist-info/METADATA")) if p.stat().st_size > 4000]),
         (0.1, [_plain(_text(p)) for p in (lib / "idlelib/help.html", lib / "idlelib/NEWS.txt", lib / "LICENSE.txt") if p.exists()]),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -40,7 +40,8 @@ def sample(layout: KVLayout, tokens: int, start: int = 0, seed: int = 0, grads: 
     by_token = torch.randn(VOCABULARY, width, generator=rng)
     rng.manual_seed(100 + seed)
     ids = torch.randint(0, VOCABULARY, (tokens,), generator=rng)
-    x = torch.randn(tokens, 24, generator=rng) @ mix + by_token[ids] + torch.logspace(0, -2, width) * torch.randn(tokens, width, generator=rng)
+    noise = torch.logspace(0, -2, width) * torch.randn(tokens, width, generator=rng)
+    x = torch.randn(tokens, 24, generator=rng) @ mix + by_token[ids] + noise
     x[:, 5] = 3.0
     k, v = x.view(tokens, 2, layout.layers, layout.kv_heads, layout.head_dim).permute(1, 2, 3, 0, 4)
     k = layout.rope.rotate(k.contiguous(), start + torch.arange(tokens))
@@ -48,7 +49,7 @@ def sample(layout: KVLayout, tokens: int, start: int = 0, seed: int = 0, grads: 
     return KVSample(k.to(layout.dtype), v.contiguous().to(layout.dtype), start, ids, *g)
 
 
-@lru_cache(maxsize=None)
+@cache
 def profile(name: str, grads: bool = True, embeddings: bool = True) -> Profile:
     layout = LAYOUTS[name]
     table = torch.randn(VOCABULARY, 12, generator=torch.Generator().manual_seed(2)) if embeddings else None
@@ -199,6 +200,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
         codec.encode(s.keys, s.values, start=0)
     with pytest.raises(InvalidInputError, match="vocabulary"):
         codec.encode(s.keys, s.values, start=0, tokens=s.tokens + VOCABULARY)
+    long = sample(layout, 1025)
+    with pytest.raises(InvalidInputError, match="1024"):
+        codec.encode(long.keys, long.values, start=0, tokens=long.tokens)
+    block = codec.encode(s.keys, s.values, start=0, tokens=s.tokens)
+    with pytest.raises(CorruptBlockError, match="2000 tokens"):
+        codec.decode(EncodedBlock(replace(block.header, tokens=2000), block.payload), tokens=torch.zeros(2000, dtype=torch.int64))
     other = create("transform", layout, profile("mqa", False))
     with pytest.raises(LayoutMismatchError, match="profile"):
         other.decode(codec.encode(s.keys, s.values, start=0, tokens=s.tokens), tokens=s.tokens)

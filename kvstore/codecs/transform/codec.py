@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstore.block import MAX_FIDELITIES, BlockHeader, Distortion, LayerInfo
-from kvstore.errors import ConfigError, CorruptBlockError
+from kvstore.block import MAX_FIDELITIES, BlockHeader, Distortion, EncodedBlock, LayerInfo
+from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError
 from kvstore.layout import KVLayout
 
 from ..base import Codec, Coded, Stored
@@ -97,6 +97,8 @@ class TransformCodec(Codec):
     # ------------------------------------------------------------------------------------------------------------- encode
 
     def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+        if k_BLHTD.shape[3] > MAX_BLOCK_TOKENS:
+            raise InvalidInputError(f"codec {self.name!r} takes blocks of at most {MAX_BLOCK_TOKENS} tokens, not {k_BLHTD.shape[3]}")
         out: list[Coded] = []
         per = max(1, CHUNK_VALUES // (self.layout.values_per_token * k_BLHTD.shape[3]))
         for at in range(0, len(starts), per):
@@ -177,11 +179,13 @@ class TransformCodec(Codec):
 
     # ------------------------------------------------------------------------------------------------------------- decode
 
+    def _stored(self, block: EncodedBlock, fidelity: int | None) -> Stored:
+        if block.header.tokens > MAX_BLOCK_TOKENS:
+            raise CorruptBlockError(f"a block of {block.header.tokens} tokens; codec {self.name!r} writes at most {MAX_BLOCK_TOKENS}")
+        return super()._stored(block, fidelity)
+
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
-        length = blocks[0].tokens
-        if length > MAX_BLOCK_TOKENS:
-            raise CorruptBlockError(f"a block of {length} tokens; codec {self.name!r} writes at most {MAX_BLOCK_TOKENS}")
-        per = max(1, CHUNK_VALUES // (self.layout.values_per_token * length))
+        per = max(1, CHUNK_VALUES // (self.layout.values_per_token * blocks[0].tokens))
         for at in range(0, len(blocks), per):
             chunk = slice(at, at + per)
             self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
