@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from kvstore.layout import KVLayout
+if TYPE_CHECKING:  # it brings torch, and the command line reads this module to check its arguments
+    from kvstore.layout import KVLayout
 
 
 class CacheMode(Enum):

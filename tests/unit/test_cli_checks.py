@@ -121,6 +121,16 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     assert set(COMMANDS) <= {line.split()[0] for line in text.splitlines() if line.strip()}
 
 
+def test_up_refuses_a_directory_that_is_no_model_before_it_loads_anything_heavy(tmp_path):
+    script = (
+        f"import sys\nfrom services.cli import main\nstatus = main(['up', '--name', 'refused', '--model', {str(tmp_path)!r}])\n"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules]); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert "config.json" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["up", "down", "status", "generate", "blocks", "worker"])
 def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
