@@ -14,6 +14,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 BlockId = Hashable
 
 
@@ -109,6 +111,14 @@ class EvictionPolicy(ABC):
 
     def promoted(self, id: BlockId) -> None:
         """The block was written again in full and stands at rung 0."""
+
+    def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
+        """Value per byte of the next step, and bytes in units of a block's full size, for each resident block (or a sample).
+
+        The node's pressure report is made from it (`cluster.Pressure.of`); a policy that has no value for its blocks answers
+        with empty arrays.
+        """
+        return np.empty(0), np.empty(0)
 
     @abstractmethod
     def hold(self, id: BlockId) -> None:

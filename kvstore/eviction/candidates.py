@@ -34,7 +34,7 @@ class Candidates:
     Parameters
     ----------
     price : callable
-        ``price(key, age_s)``: value of the next step of a block of the group `key` whose last use is `age_s` ago.
+        ``price(slot, now)``: value of the next step of the block in `slot`.
     last_used : array of float
         Seconds, by slot; must not change while a slot stands here.
     refresh_s : float
@@ -48,7 +48,6 @@ class Candidates:
         self._queues = SlotQueues()
         self._free_queues: list[int] = []
         self._groups: list[_Group] = []
-        self._keys: list[int] = []
         self._number: dict[Hashable, int] = {}
         self._listed = bytearray()
         self._prices: list[float] = []
@@ -70,7 +69,6 @@ class Candidates:
         if number is None:
             number = self._number[key] = len(self._groups)
             self._groups.append(_Group())
-            self._keys.append(key)
             self._prices.append(float("inf"))
             self._ends.append(-1)
         group, time = self._groups[number], self._last_used[slot]
@@ -121,11 +119,10 @@ class Candidates:
         if not group.queues:
             self._prices[number], self._ends[number] = float("inf"), -1
             return
-        key = self._keys[number]
         oldest, youngest = self._queues.head[group.queues[0]], self._queues.tail[group.queues[-1]]
-        price = self._price(key, max(now - self._last_used[oldest], 0.0))
+        price = self._price(oldest, now)
         if youngest != oldest:
-            young = self._price(key, max(now - self._last_used[youngest], 0.0))
+            young = self._price(youngest, now)
             if young < price:
                 price, oldest = young, youngest
         self._prices[number], self._ends[number] = price, oldest

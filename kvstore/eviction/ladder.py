@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`rung` to go to (None: drop) and `loss`, the share of quality lost per share of the full size freed."""
+    """`rung` to go to (None: drop), `loss`, the share of quality lost per share of the full size freed, and the share held now."""
 
     rung: int | None
     loss: float
+    share: float = 1.0
 
 
 def steps(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[Step, ...]:
@@ -34,7 +35,7 @@ def steps(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[Step, ...]
     targets = [*zip(range(len(sizes)), sizes, losses, strict=True), (None, 0, 1.0)]
     return tuple(
         min(
-            (Step(to, max(lost - losses[rung], 0.0) * full / max(size - less, 1)) for to, less, lost in targets[rung + 1 :]),
+            (Step(to, max(lost - losses[rung], 0.0) * full / max(size - less, 1), size / full) for to, less, lost in targets[rung + 1 :]),
             key=lambda step: step.loss,
         )
         for rung, size in enumerate(sizes)

@@ -11,6 +11,8 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from .base import BlockId, BlockInfo, EvictionPolicy, Request, Victim
 from .table import BlockTable
 
@@ -65,6 +67,11 @@ class RankedPolicy(EvictionPolicy):
             return None
         value, slot = best
         return Victim(self.table.ids[slot], self.table.step(slot).rung, value)
+
+    def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
+        slots = self.table.resident_slots()
+        age_s = np.maximum(now - np.array(self.used)[slots], 0.0)
+        return self.table.census(1.0 / (age_s + 1.0), slots)
 
     def removed(self, id: BlockId) -> None:
         slot = self.table.find(id)

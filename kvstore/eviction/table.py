@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
+
 from .base import BlockId, BlockInfo
 from .ladder import Step, StepTable
 
@@ -105,6 +107,22 @@ class BlockTable:
     def step(self, slot: int) -> Step:
         """The cheapest next step down of a resident block."""
         return self.steps.rows[self.shape[slot]][self.rung[slot]]
+
+    def census(self, reuse: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Value per byte of the next step and share of the full size, for resident `slots` with `reuse` uses a second."""
+        rows = self.steps.rows
+        width = max((len(row) for row in rows), default=1)
+        loss, share = np.zeros((len(rows) + 1, width)), np.zeros((len(rows) + 1, width))
+        for number, row in enumerate(rows):
+            loss[number, : len(row)] = [step.loss for step in row]
+            share[number, : len(row)] = [step.share for step in row]
+        shape, rung = np.array(self.shape)[slots], np.array(self.rung)[slots]
+        return reuse * loss[shape, rung], share[shape, rung]
+
+    def resident_slots(self, limit: int = 40_000) -> np.ndarray:
+        """Slots of all resident blocks, or of an even sample when there are more than `limit`."""
+        slots = np.flatnonzero(np.frombuffer(bytes(self.resident), dtype=np.uint8))
+        return slots[:: 1 + len(slots) // limit]
 
     def hold(self, id: BlockId) -> None:
         """Count one more hold of `id`, resident or not."""

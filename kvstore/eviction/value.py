@@ -28,6 +28,8 @@ _GROUPS = [cls // 12 for cls in range(_PARTIAL)] + [4]
 #: A block that ever had this many children is a shared root: what follows it is a new conversation.
 _SHARED_CHILDREN = 4
 _RUNGS = 16
+#: Of blocks alike in class and age the deeper is worth less, by half at this depth: over many nodes a chain is then given up from its tail.
+_DEPTH_SCALE = 1000.0
 _SAMPLE = 40_000
 
 
@@ -84,6 +86,13 @@ class ValuePolicy(EvictionPolicy):
             return None
         value, slot = found
         return Victim(self.table.ids[slot], self.table.step(slot).rung, value)
+
+    def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
+        slots = self.table.resident_slots()
+        age_s = np.maximum(max(now, self._now) - np.array(self._used_at)[slots], 0.0)
+        cls = np.frombuffer(bytes(self._class), dtype=np.uint8)[slots]
+        values = np.array(self.model.values)[cls, np.searchsorted(EDGES_S, age_s, side="right") - 1]
+        return self.table.census(values, slots)
 
     def removed(self, id: BlockId) -> None:
         slot = self.table.find(id)
@@ -200,9 +209,10 @@ class ValuePolicy(EvictionPolicy):
     def _key(self, slot: int) -> int:
         return (self._class[slot] << 8 | self.table.shape[slot]) * _RUNGS + self.table.rung[slot]
 
-    def _price(self, key: int, age_s: float) -> float:
-        rest, rung = divmod(key, _RUNGS)
-        return self.table.steps.rows[rest & 0xFF][rung].loss * self.model.values[rest >> 8][bisect_right(EDGES_S, age_s) - 1]
+    def _price(self, slot: int, now: float) -> float:
+        table, age_s = self.table, max(now - self._used_at[slot], 0.0)
+        index = self.model.values[self._class[slot]][bisect_right(EDGES_S, age_s) - 1]
+        return index * table.steps.rows[table.shape[slot]][table.rung[slot]].loss * _DEPTH_SCALE / (_DEPTH_SCALE + table.depth[slot])
 
     def _learn(self, now: float) -> None:
         self.model.learn(self._waiting(now))

@@ -1,0 +1,152 @@
+"""One order of value over many nodes: what a node publishes, and what every node and client derives from it (DESIGN §8).
+
+A node publishes its `Pressure`: free bytes, and its bytes by value on a logarithmic scale. From the last report of every node each
+party derives the same *waterline*, the value of the bytes that leave next anywhere. New blocks go where the least valuable bytes are;
+what is worth less than the waterline is not worth writing. Reports are up to a second old, so a party that places blocks debits
+what it has placed since (`Pressure.take`), else all would choose the same node until the next report.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InvalidInputError
+
+#: Bins an octave of value, and the octave of the lowest bin. Value is in uses per second.
+_PER_OCTAVE = 4
+_LOWEST_OCTAVE = -24
+BINS = 128
+_HEADER = struct.Struct("<4sHHQQ")
+_MAGIC = b"CPR1"
+
+
+def bin_of(value: float) -> int:
+    """Bin of a value; everything below the scale is in the first one, above it in the last."""
+    if value <= 0.0:
+        return 0
+    return min(max(math.ceil((math.log2(value) - _LOWEST_OCTAVE) * _PER_OCTAVE), 0), BINS - 1)
+
+
+def value_of(bin_: int) -> float:
+    """Upper edge of a bin."""
+    return 2.0 ** (bin_ / _PER_OCTAVE + _LOWEST_OCTAVE)
+
+
+@dataclass(slots=True)
+class Pressure:
+    """A node's published summary.
+
+    Parameters
+    ----------
+    free_bytes : int
+        Bytes that can be written before anything has to leave.
+    total_bytes : int
+        Size of the arena.
+    bytes_by_value : sequence of int
+        Bytes that stand at each bin of value, `BINS` numbers; the cheapest leave first.
+    """
+
+    free_bytes: int
+    total_bytes: int
+    bytes_by_value: list[int]
+
+    @classmethod
+    def of(cls, free_bytes: int, total_bytes: int, values: np.ndarray, sizes: np.ndarray) -> Pressure:
+        """From the value and the bytes of each block (or of a sample, scaled up to the bytes in use).
+
+        Parameters
+        ----------
+        values, sizes : arrays [blocks], float
+            As `EvictionPolicy.census` gives them; `sizes` may be in any unit.
+        """
+        used_bytes = total_bytes - free_bytes
+        with np.errstate(divide="ignore"):
+            bins = np.ceil((np.log2(np.maximum(values, 0.0)) - _LOWEST_OCTAVE) * _PER_OCTAVE)
+        bins = np.clip(bins, 0, BINS - 1).astype(np.int64)
+        share = np.bincount(bins, sizes, BINS)
+        scale = used_bytes / share.sum() if share.sum() else 0.0
+        return cls(free_bytes, total_bytes, (share * scale).astype(np.int64).tolist())
+
+    def cheapest(self) -> tuple[float, int]:
+        """Value of the bytes that leave next, 0.0 while there is room, and how many there are of that value."""
+        if self.free_bytes > 0:
+            return 0.0, self.free_bytes
+        for number, size in enumerate(self.bytes_by_value):
+            if size > 0:
+                return value_of(number), size
+        return math.inf, 0
+
+    def take(self, size_bytes: int) -> None:
+        """Debit `size_bytes` that were placed on the node since its report: free bytes first, then the cheapest."""
+        taken = min(self.free_bytes, size_bytes)
+        self.free_bytes -= taken
+        size_bytes -= taken
+        for number, size in enumerate(self.bytes_by_value):
+            if size_bytes <= 0:
+                return
+            taken = min(size, size_bytes)
+            self.bytes_by_value[number] -= taken
+            size_bytes -= taken
+
+    def copy(self) -> Pressure:
+        return Pressure(self.free_bytes, self.total_bytes, list(self.bytes_by_value))
+
+    def to_bytes(self) -> bytes:
+        """At most 24 + 8 x `BINS` bytes: a header, then pairs of bin (uint8) and bytes (uint64) for the bins that are not empty."""
+        rows = [(number, size) for number, size in enumerate(self.bytes_by_value) if size > 0]
+        body = b"".join(struct.pack("<BQ", *row) for row in rows)
+        return _HEADER.pack(_MAGIC, BINS, len(rows), self.free_bytes, self.total_bytes) + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Pressure:
+        """Parse what `to_bytes` wrote.
+
+        Raises
+        ------
+        InvalidInputError
+            For anything else; the report is then to be ignored.
+        """
+        try:
+            magic, bins, rows, free_bytes, total_bytes = _HEADER.unpack_from(data)
+            if magic != _MAGIC or bins != BINS or rows > BINS or len(data) != _HEADER.size + 9 * rows or free_bytes > total_bytes:
+                raise InvalidInputError("not a pressure report of this version")
+            by_value = [0] * BINS
+            for number, size in struct.iter_unpack("<BQ", data[_HEADER.size :]):
+                by_value[number] = size
+        except (struct.error, IndexError) as error:
+            raise InvalidInputError(f"not a pressure report: {error}") from error
+        return cls(free_bytes, total_bytes, by_value)
+
+
+def waterline(reports: Sequence[Pressure], needed_bytes: int) -> float:
+    """The value below which bytes anywhere leave first when `needed_bytes` are to come; 0.0 while there is room for them."""
+    missing = needed_bytes - sum(report.free_bytes for report in reports)
+    if missing <= 0:
+        return 0.0
+    for number in range(BINS):
+        missing -= sum(report.bytes_by_value[number] for report in reports)
+        if missing <= 0:
+            return value_of(number)
+    return math.inf
+
+
+def place(reports: Mapping[str, Pressure], prefer: Sequence[str] = (), tolerance: float = 1.0) -> str | None:
+    """The node whose bytes are worth least, None where there is no report.
+
+    Parameters
+    ----------
+    prefer : sequence of str
+        Nodes that are taken, in this order, if their cheapest bytes are worth at most `tolerance` times the least: the one that
+        holds the parent, the one on the writer's host.
+    """
+    if not reports:
+        return None
+    cheapest = {node: report.cheapest() for node, report in reports.items()}
+    best = min(cheapest, key=lambda node: (cheapest[node][0], -cheapest[node][1], node))
+    limit = cheapest[best][0] * tolerance
+    return next((node for node in prefer if node in cheapest and cheapest[node][0] <= limit), best)

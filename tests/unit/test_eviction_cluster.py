@@ -1,0 +1,69 @@
+"""Pressure reports, the waterline and placement."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.errors import InvalidInputError
+from kvstore.eviction.cluster import BINS, Pressure, bin_of, place, value_of, waterline
+
+
+def pressure(free: int, *pairs: tuple[float, int]) -> Pressure:
+    by_value = [0] * BINS
+    for value, size in pairs:
+        by_value[bin_of(value)] += size
+    return Pressure(free, free + sum(by_value), by_value)
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=BINS, max_size=BINS), st.integers(0, 2**40))
+def test_reports_survive_the_wire_and_are_bounded(sizes: list[int], free: int) -> None:
+    report = Pressure(free, free + sum(sizes), sizes)
+    blob = report.to_bytes()
+    assert len(blob) <= 24 + 9 * BINS
+    assert Pressure.from_bytes(blob) == report
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_report_or_refused(blob: bytes) -> None:
+    with pytest.raises(InvalidInputError):
+        Pressure.from_bytes(blob)
+    header = pressure(5, (1.0, 7)).to_bytes()
+    with contextlib.suppress(InvalidInputError):
+        assert sum(Pressure.from_bytes(header[:24] + blob).bytes_by_value) >= 0
+
+
+@given(st.floats(2**-23, 2**7))
+def test_bins_hold_the_values_just_below_their_edge(value: float) -> None:
+    assert value_of(bin_of(value) - 1) < value * 1.0000001 and value <= value_of(bin_of(value)) * 1.0000001
+
+
+def test_a_report_scales_a_sample_to_the_bytes_in_use() -> None:
+    report = Pressure.of(100, 1100, np.array([0.5, 0.5, 0.001, 0.0]), np.array([1.0, 0.5, 0.25, 0.25]))
+    assert sum(report.bytes_by_value) == 1000
+    assert report.bytes_by_value[bin_of(0.5)] == 750
+    assert report.bytes_by_value[0] == 125
+
+
+def test_the_waterline_is_where_the_needed_bytes_end() -> None:
+    reports = [pressure(0, (0.01, 100), (1.0, 100)), pressure(50, (0.1, 100))]
+    assert waterline(reports, 50) == 0.0
+    assert waterline(reports, 150) == value_of(bin_of(0.01))
+    assert waterline(reports, 151) == value_of(bin_of(0.1))
+    assert waterline(reports, 10**6) == float("inf")
+
+
+def test_new_blocks_go_to_the_least_valuable_bytes_and_the_herd_is_spread() -> None:
+    reports = {"a": pressure(0, (0.01, 100), (1.0, 500)), "b": pressure(0, (0.1, 600)), "c": pressure(0, (0.01, 90), (2.0, 500))}
+    assert place(reports) == "a"
+    reports["a"].take(100)
+    assert place(reports) == "c"
+    reports["c"].take(90)
+    assert place(reports) == "b"
+    assert place(reports, prefer=["gone", "a"], tolerance=20.0) == "a"
+    assert place(reports, prefer=["a"], tolerance=2.0) == "b"
+    assert place({}) is None
