@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _prompt(model: Any, tokens: int) -> list[int]:
-    from services.calibrate import texts
+    import pydoc_data.topics  # the language reference: prose that every Python has
 
-    text = "\n".join(max(documents, key=len) for _, documents in texts.everywhere())
+    text = "\n\n".join(pydoc_data.topics.topics.values())
     ids = model.ids(text[: tokens * 8])[:tokens]
     if len(ids) < tokens:
         raise ConfigError(f"there are only {len(ids)} tokens of text; ask for fewer --tokens")
