@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Tokens over which the exact first token is paid off. Sequences of that length meet the ratio asked; longer ones exceed it slightly.
-SINK_SPREAD = 1024
+#: Tokens over which the exact first token is paid off. Sequences of at least that length meet the ratio asked; shorter ones fall short.
+SINK_SPREAD = 256
 #: A step that uses this share of the budget is good enough.
 _CLOSE = 0.995
 
