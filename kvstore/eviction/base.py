@@ -120,6 +120,19 @@ class EvictionPolicy(ABC):
         """
         return np.empty(0), np.empty(0)
 
+    def lessons(self) -> bytes:
+        """What this policy learnt from its traffic, for those of other nodes; empty where nothing is learnt."""
+        return b""
+
+    def heed(self, lessons: Sequence[bytes]) -> None:
+        """Take in the newest `lessons` of all other nodes, in place of those before.
+
+        Raises
+        ------
+        InvalidInputError
+            For bytes that are no lessons of this policy; nothing is heeded then.
+        """
+
     @abstractmethod
     def hold(self, id: BlockId) -> None:
         """Name this block as no victim until `release` (pinned, leased or being written). Holds nest."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import InvalidInputError
+from .base import BlockId
 
 #: Bins an octave of value, and the octave of the lowest bin. Value is in uses per second.
 _PER_OCTAVE = 4
@@ -135,18 +137,54 @@ def waterline(reports: Sequence[Pressure], needed_bytes: int) -> float:
     return math.inf
 
 
-def place(reports: Mapping[str, Pressure], prefer: Sequence[str] = (), tolerance: float = 1.0) -> str | None:
-    """The node whose bytes are worth least, None where there is no report.
+class Placer:
+    """Chooses the node for new blocks: where bytes are worth least, by the last reports and what was placed since.
+
+    A node that knows a block already learns more from its return than one that has never seen it, and a chain that is cut into
+    pieces is lost below every cut. So a run of blocks goes, in this order, to the node that had it before, the node that holds its
+    parent, and the writer's own host, as long as bytes there are worth at most `tolerance` times the least; else to the least.
 
     Parameters
     ----------
-    prefer : sequence of str
-        Nodes that are taken, in this order, if their cheapest bytes are worth at most `tolerance` times the least: the one that
-        holds the parent, the one on the writer's host.
+    home : str or None
+        The node on the writer's host.
+    tolerance : float
+    remember_blocks : int
+        Blocks whose last node is remembered; the oldest are forgotten.
     """
-    if not reports:
-        return None
-    cheapest = {node: report.cheapest() for node, report in reports.items()}
-    best = min(cheapest, key=lambda node: (cheapest[node][0], -cheapest[node][1], node))
-    limit = cheapest[best][0] * tolerance
-    return next((node for node in prefer if node in cheapest and cheapest[node][0] <= limit), best)
+
+    def __init__(self, home: str | None = None, tolerance: float = 1.5, remember_blocks: int = 65_536) -> None:
+        self.home = home
+        self.tolerance = tolerance
+        self.remember_blocks = remember_blocks
+        self._reports: dict[str, Pressure] = {}
+        self._before: OrderedDict[BlockId, str] = OrderedDict()
+
+    def update(self, reports: Mapping[str, Pressure]) -> None:
+        """Take the newest report of every living node; what was debited before is void."""
+        self._reports = {node: report.copy() for node, report in reports.items()}
+
+    def choose(self, ids: Sequence[BlockId], size_bytes: int, parent: str | None = None) -> str | None:
+        """Node for the run of blocks `ids` of together `size_bytes`, None where no node is known.
+
+        Parameters
+        ----------
+        parent : str or None
+            Node that holds the parent of the first block.
+        """
+        if not self._reports:
+            return None
+        cheapest = {node: report.cheapest() for node, report in self._reports.items()}
+        chosen = min(cheapest, key=lambda node: (cheapest[node][0], -cheapest[node][1], node))
+        limit = cheapest[chosen][0] * self.tolerance
+        for node in (self._before.get(ids[0]), parent, self.home):
+            if node in cheapest and cheapest[node][0] <= limit:
+                chosen = node
+                break
+        self._reports[chosen].take(size_bytes)
+        for id in ids:
+            self._before[id] = chosen
+            self._before.move_to_end(id)
+        while len(self._before) > self.remember_blocks:
+            self._before.popitem(last=False)
+        return chosen

@@ -17,15 +17,11 @@ from typing import Any
 from ..errors import ConfigError
 from . import create
 from .base import BlockInfo, EvictionPolicy, Request
-from .cluster import Pressure, place
+from .cluster import Placer, Pressure
 from .replay import Ladder, Outcome, Progress, count_hit, take_one
 from .trace import Trace
 
 _SHARED_CHILDREN = 4
-#: Blocks of one request are placed in runs of this many: a chain that is cut up loses what lies below a cut.
-_RUN_BLOCKS = 4096
-#: How much more the bytes at the parent's or the home node may be worth before a run goes elsewhere.
-_TOLERANCE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +135,16 @@ class _Cluster:
             self.nodes.append(_Node(str(number), create(policy), share))
             if self.nodes[-1].policy.sees_future:
                 raise ConfigError(f"policy {policy} sees the future of one store; choose another for a cluster")
-        self.reports: dict[str, Pressure] = {}
-        self.views: dict[int, dict[str, Pressure]] = {}
+        self.placers = [Placer(node.name) for node in self.nodes]
 
     def report(self, now: float) -> None:
-        """All nodes publish; what the homes knew before is void."""
-        self.reports = {node.name: node.report(now) for node in self.nodes}
-        self.views.clear()
+        """All nodes publish their pressure and what they learnt, and hear of each other."""
+        reports = {node.name: node.report(now) for node in self.nodes}
+        for placer in self.placers:
+            placer.update(reports)
+        lessons = [node.policy.lessons() for node in self.nodes]
+        for number, node in enumerate(self.nodes):
+            node.policy.heed(lessons[:number] + lessons[number + 1 :])
 
     def serve(self, seq: int, home: int) -> None:
         """One request, whose session belongs to the worker on node `home`."""
@@ -166,24 +165,15 @@ class _Cluster:
                 node.used -= take_one(node.outcome, node.policy, self.standing, self.ladder.sizes, request.now)
 
     def _place(self, missing: list[int], home: int) -> None:
-        """Put the new blocks of one request where bytes are worth least, a run of blocks at a time."""
-        view = self.views.get(home)
-        if view is None:
-            view = self.views[home] = {name: report.copy() for name, report in self.reports.items()}
-        size = self.ladder.sizes[0]
-        for start in range(0, len(missing), _RUN_BLOCKS):
-            run = missing[start : start + _RUN_BLOCKS]
-            parent = self.trace.parents[run[0]]
-            prefer = ([str(self.at[parent])] if parent >= 0 and self.standing[parent] else []) + [str(home)]
-            chosen = place(view, prefer, _TOLERANCE)
-            view[chosen].take(size * len(run))
-            node = self.nodes[int(chosen)]
-            node.placed += len(run)
-            node.used += size * len(run)
-            for block in run:
-                self.standing[block] = 1
-                self.at[block] = int(chosen)
-
+        """Put the new blocks of one request onto one node."""
+        size, parent = self.ladder.sizes[0] * len(missing), self.trace.parents[missing[0]]
+        near = str(self.at[parent]) if parent >= 0 and self.standing[parent] else None
+        chosen = int(self.placers[home].choose(missing, size, near))
+        self.nodes[chosen].placed += len(missing)
+        self.nodes[chosen].used += size
+        for block in missing:
+            self.standing[block] = 1
+            self.at[block] = chosen
 
 
 def _homes(trace: Trace, skew: Skew) -> Iterator[int]:

@@ -11,9 +11,12 @@ the moment it looks past a pause.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
+
+from ..errors import InvalidInputError
 
 #: Lower edges of the age buckets in seconds: 0, then steps of the square root of 2 from 1 s to 2.3 hours.
 EDGES_S: tuple[float, ...] = (0.0, *(2.0 ** (i / 2) for i in range(27)))
@@ -46,6 +49,8 @@ class ReuseModel:
         shape = (len(groups), len(EDGES_S))
         self._uses = np.zeros(shape)
         self._forgotten = np.zeros(shape)
+        self._ends = np.zeros(shape)
+        self._others = np.zeros((2, *shape))
         self._new_uses = [[0] * shape[1] for _ in groups]
         self._new_forgotten = [[0] * shape[1] for _ in groups]
         self.values: list[list[float]] = [[1.0 / (edge + 1.0) for edge in EDGES_S] for _ in groups]
@@ -65,16 +70,40 @@ class ReuseModel:
             total += new
             for row in new:
                 row[:] = [0] * len(row)
-        ends = self._uses + self._forgotten + waiting
+        self._ends = self._uses + self._forgotten + waiting
+        uses, ends = self._others + np.stack((self._uses, self._ends))
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
         exposure_s = beyond * _WIDTH_S + ends * _WIDTH_S / 2
         hazard = np.empty_like(exposure_s)
         for group in np.unique(self.groups):
             of = self.groups == group
-            base = (self._uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
+            base = (uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
             prior_s = self.prior_uses / base
-            hazard[of] = (self._uses[of] + self.prior_uses) / (exposure_s[of] + prior_s)
+            hazard[of] = (uses[of] + self.prior_uses) / (exposure_s[of] + prior_s)
         self.values = gittins(hazard).tolist()
+
+
+    def lessons(self) -> bytes:
+        """Own counts at the last `learn`, for the models of other nodes: uses and ends, float32, ``[2, class, bucket]``."""
+        return np.stack((self._uses, self._ends)).astype("<f4").tobytes()
+
+    def heed(self, lessons: Iterable[bytes]) -> None:
+        """Count from the next `learn` on what other nodes learnt, in place of what was heeded before.
+
+        Raises
+        ------
+        InvalidInputError
+            For lessons of another shape, or counts that are negative or not finite; nothing is heeded then.
+        """
+        others = np.zeros_like(self._others)
+        for lesson in lessons:
+            if len(lesson) != 4 * others.size:
+                raise InvalidInputError(f"lessons of {len(lesson)} bytes do not fit a model of {4 * others.size}")
+            counts = np.frombuffer(lesson, dtype="<f4").reshape(others.shape)
+            if not (np.isfinite(counts).all() and (counts >= 0).all() and (counts[0] <= counts[1]).all()):
+                raise InvalidInputError("lessons with impossible counts")
+            others += counts
+        self._others = others
 
 
 def gittins(hazard: np.ndarray) -> np.ndarray:

@@ -94,6 +94,12 @@ class ValuePolicy(EvictionPolicy):
         values = np.array(self.model.values)[cls, np.searchsorted(EDGES_S, age_s, side="right") - 1]
         return self.table.census(values, slots)
 
+    def lessons(self) -> bytes:
+        return self.model.lessons()
+
+    def heed(self, lessons: Sequence[bytes]) -> None:
+        self.model.heed(lessons)
+
     def removed(self, id: BlockId) -> None:
         slot = self.table.find(id)
         if slot < 0:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import InvalidInputError
-from kvstore.eviction.cluster import BINS, Pressure, bin_of, place, value_of, waterline
+from kvstore.eviction.cluster import BINS, Placer, Pressure, bin_of, value_of, waterline
 
 
 def pressure(free: int, *pairs: tuple[float, int]) -> Pressure:
@@ -58,12 +58,23 @@ def test_the_waterline_is_where_the_needed_bytes_end() -> None:
 
 
 def test_new_blocks_go_to_the_least_valuable_bytes_and_the_herd_is_spread() -> None:
-    reports = {"a": pressure(0, (0.01, 100), (1.0, 500)), "b": pressure(0, (0.1, 600)), "c": pressure(0, (0.01, 90), (2.0, 500))}
-    assert place(reports) == "a"
-    reports["a"].take(100)
-    assert place(reports) == "c"
-    reports["c"].take(90)
-    assert place(reports) == "b"
-    assert place(reports, prefer=["gone", "a"], tolerance=20.0) == "a"
-    assert place(reports, prefer=["a"], tolerance=2.0) == "b"
-    assert place({}) is None
+    placer = Placer(tolerance=2.0)
+    assert placer.choose([1], 1) is None
+    placer.update({"a": pressure(0, (0.01, 100), (1.0, 500)), "b": pressure(0, (0.1, 600)), "c": pressure(0, (0.01, 90), (2.0, 500))})
+    assert placer.choose([1, 2], 100) == "a"
+    assert placer.choose([3], 90) == "c"
+    assert placer.choose([4], 10) == "b"
+
+
+def test_a_run_prefers_its_old_node_then_its_parents_then_home() -> None:
+    reports = {node: pressure(0, (0.1, 1000)) for node in "abcd"} | {"e": pressure(0, (4.0, 1000))}
+    placer = Placer(home="d", remember_blocks=2)
+    placer.update(reports)
+    assert placer.choose([1, 2], 10) == "d"
+    placer.home = "c"
+    assert placer.choose([1], 10, parent="b") == "d"
+    assert placer.choose([7], 10, parent="b") == "b"
+    assert placer.choose([8], 10, parent="e") == "c", "bytes at the parent's node are worth too much"
+    assert placer.choose([1], 10) == "c", "only the newest two are remembered"
+    placer.update({"a": reports["a"]})
+    assert placer.choose([8], 10) == "a", "nodes that left are not chosen"
