@@ -25,7 +25,7 @@ LAYOUTS = {
     "yarn, interleaved": KVLayout(2, 2, 64, torch.float16, rope(64, 1.2, True)),
     "wide head": KVLayout(2, 1, 256, torch.bfloat16, rope(256)),
     "one layer": KVLayout(1, 1, 32, torch.float32, rope(32)),
-    "128 layers": KVLayout(128, 1, 32, torch.bfloat16, rope(32)),
+    "128 layers": KVLayout(128, 1, 16, torch.bfloat16, rope(16)),
 }
 
 

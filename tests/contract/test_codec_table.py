@@ -59,7 +59,8 @@ def test_a_codec_that_needs_a_profile_says_how_to_make_one(name):
 @every_codec
 def test_round_trip_is_as_distorted_as_the_block_says(name, layout):
     codec = make_codec(name, layout)
-    for tokens, start in ((64, 0), (64, 4096), (37, 64), (1, 0), (1, 5)):
+    cases = ((37, 64), (64, 0), (64, 4096), (1, 0), (1, 5))
+    for tokens, start in cases if layout.layers < 100 else cases[:1]:
         keys, values, ids = make_tensors(layout, tokens, tokens, start)
         before = keys.clone(), values.clone()
         blob = codec.encode(keys, values, start=start, tokens=ids).to_bytes()
