@@ -121,7 +121,7 @@ def _measure(
 ) -> tuple[models.Models, np.ndarray, np.ndarray]:
     """Models, and kappa and shape of each coefficient, on the held-out samples."""
     p, q = fit.predictor(fitted, a, rank) if embeddings is not None else (None, None)
-    basis = fit.bases(fitted, a, p, q)
+    basis = fit.bases(fitted, a, p, q, torch.float32)
     parts = []
     for h in held:
         y = fit.weigh(a, h.x_NC.float() - fitted.mean_C, fitted.groups)

@@ -28,7 +28,7 @@ def sample(seed: int, tokens: int = 60, start: int = 0) -> KVSample:
 
 def test_groups_split_layers_evenly_and_refuse_the_impossible() -> None:
     assert [g.last - g.first for g in plan(LAYOUT, 2)] == [2, 1]
-    assert len(plan(LAYOUT, "auto")) == 1 and len(plan(KVLayout(30, 3, 64), "auto")) == 10
+    assert len(plan(LAYOUT, "auto")) == 1 and len(plan(KVLayout(30, 3, 64), "auto")) == 8
     for bad in (0, 4, "many"):
         with pytest.raises(ConfigError, match="groups"):
             plan(LAYOUT, bad)

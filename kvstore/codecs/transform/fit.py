@@ -70,8 +70,10 @@ def predictor(moments: Moments, a_LKHDD: torch.Tensor, rank: int) -> tuple[torch
     return torch.linalg.solve_triangular(root, u, upper=True), u.T @ explained
 
 
-def bases(moments: Moments, a_LKHDD: torch.Tensor, p_FR: torch.Tensor | None, q_RC: torch.Tensor | None) -> list[torch.Tensor]:
-    """U of each group, float64 [width, width], columns by falling variance of the residual."""
+def bases(
+    moments: Moments, a_LKHDD: torch.Tensor, p_FR: torch.Tensor | None, q_RC: torch.Tensor | None, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """U of each group, [width, width], columns by falling variance of the residual; float32 suffices to measure spreads with."""
     count = moments.count
     delta = (moments.mean_C - moments.origin).double()
     out = []
@@ -85,7 +87,7 @@ def bases(moments: Moments, a_LKHDD: torch.Tensor, p_FR: torch.Tensor | None, q_
             w = p_FR @ q_RC[:, g.columns]
             mixed = w.T @ (cross @ blocks)
             cov = cov - mixed - mixed.T + w.T @ ff @ w
-        out.append(torch.linalg.eigh((cov + cov.T) / 2)[1].flip(1))
+        out.append(torch.linalg.eigh(((cov + cov.T) / 2).to(dtype))[1].flip(1))
     return out
 
 

@@ -14,9 +14,10 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 
-#: Columns of a group that `auto` aims at. A token costs columns² multiplications a group, so the whole costs values × columns; twice
-#: as many take a third off the squared error. At 1,152 the default model decodes an order of magnitude faster than it prefills.
-AUTO_COLUMNS = 1200
+#: Most columns of a group that `auto` makes. A token costs columns² multiplications a group, values × columns in all, and the basis as many
+#: numbers; twice the columns take a third off the squared error. The default model at 1,536 (8 groups) has 15 % less divergence than at
+#: 1,152 (10 groups), and still decodes ten times faster than it prefills.
+AUTO_COLUMNS = 1536
 
 
 @dataclass(frozen=True, slots=True)
