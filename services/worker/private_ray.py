@@ -7,6 +7,7 @@ with their raylet.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -14,10 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, TransportError
 from kvstore.settings import set_environment
 
+log = logging.getLogger(__name__)
+
 OBJECT_STORE_BYTES = 100 << 20
+START_ATTEMPTS = 2
 #: A Unix socket's path may have 107 bytes; Ray puts about 70 below its directory.
 MAX_DIRECTORY_BYTES = 36
 #: OpenMP threads that wait for work by spinning take the cores from the store's nodes and from Ray, and a step takes seven times as
@@ -69,24 +73,39 @@ def private_ray(directory: Path | None, cpus: float, gpus: int, threads: int) ->
     from ray import serve
 
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, round(cpus + 0.5)),
-            num_gpus=gpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            namespace="concertina",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(directory),
-        )
+        _start_ray(directory, cpus, gpus)
         yield
     finally:
         if ray.is_initialized():
             serve.shutdown()
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _start_ray(directory: Path, cpus: float, gpus: int) -> None:
+    """Ray gives its own parts 30 s, with no setting for it; a machine that compiles Python for the first time may need more."""
+    import ray
+
+    for left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, round(cpus + 0.5)),
+                num_gpus=gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+                namespace="concertina",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(directory),
+            )
+            return
+        except Exception as error:  # Ray raises a bare one
+            ray.shutdown()
+            if not left:
+                raise TransportError(f"Ray did not start in {START_ATTEMPTS} attempts: {error}; is the machine overloaded?") from error
+            log.warning("Ray did not start, trying once more: %s", error)
 
 
 def _short_tmp() -> str:
