@@ -29,7 +29,8 @@ MAX_DIRECTORY_BYTES = 36
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Ray reads these when it is imported. The fourth has it take 127.0.0.1 as the node's address, which on Linux it would otherwise
 #: replace by the machine's own and so open its ports to the network. The next two have it start a process when it is needed, not
-#: ahead. The last bounds a message before it is read, at far more than any prompt takes.
+#: ahead, and the one after has actors run at our own priority: Ray's default of 15 has the model wait for everything else on the
+#: machine. The last bounds a message before it is read, at far more than any prompt takes.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(16 << 20),
 }
 
