@@ -35,6 +35,31 @@ def max_words(count: int) -> int:
 
 
 @_jit
+def _push_bits(state, lane, offset, bits, out, at):  # type: ignore[no-untyped-def]
+    """Put the low `bits` of `offset` into a lane as they are. Returns where the stream now begins."""
+    x = state[lane]
+    if x >= (numba.uint64(1) << (32 - bits)):
+        at -= 1
+        out[at] = x & 0xFFFF
+        x >>= numba.uint32(16)
+    low = numba.uint32(offset) & ((numba.uint32(1) << numba.uint32(bits)) - numba.uint32(1))
+    state[lane] = numba.uint32((x << numba.uint32(bits)) | low)
+    return at
+
+
+@_jit
+def _read_states(words, state):  # type: ignore[no-untyped-def]
+    """Take every lane's first state from the head of the stream. False for one that `encode` cannot have left."""
+    if words.size < STATE_WORDS:
+        return False
+    for lane in range(LANES):
+        state[lane] = words[2 * lane] | (numba.uint32(words[2 * lane + 1]) << numba.uint32(16))
+        if state[lane] < LOW:
+            return False
+    return True
+
+
+@_jit
 def encode(numbers, contexts, tables, out, freq, start, slots, first, shift, escape):  # type: ignore[no-untyped-def]
     """Code one stream.
 
@@ -77,13 +102,7 @@ def encode(numbers, contexts, tables, out, freq, start, slots, first, shift, esc
                 offset = numba.int32(numbers[row, token]) - ESCAPE_BASE
             picked[lane, 1] = symbol
             if bits > 0:
-                x = state[lane]
-                if x >= (numba.uint64(1) << (32 - bits)):
-                    at -= 1
-                    out[at] = x & 0xFFFF
-                    x >>= numba.uint32(16)
-                low = numba.uint32(offset) & ((numba.uint32(1) << numba.uint32(bits)) - numba.uint32(1))
-                state[lane] = numba.uint32((x << numba.uint32(bits)) | low)
+                at = _push_bits(state, lane, offset, bits, out, at)
         for lane in range(lanes - 1, -1, -1):
             table, symbol = picked[lane, 0], picked[lane, 1]
             if table < 0:
@@ -99,6 +118,37 @@ def encode(numbers, contexts, tables, out, freq, start, slots, first, shift, esc
         out[at - 1] = state[lane] >> 16
         out[at - 2] = state[lane] & 0xFFFF
         at -= 2
+    return at
+
+
+@_jit
+def _is_closed(state):  # type: ignore[no-untyped-def]
+    """Whether every lane is back where the encoder began."""
+    for lane in range(LANES):
+        if state[lane] != LOW:
+            return False
+    return True
+
+
+@_jit
+def _pull_bits(words, at, state, extra, numbers, begin, lanes):  # type: ignore[no-untyped-def]
+    """Add the plain bits that `extra` says to the numbers of one run of lanes. Returns the next word's place, -1 past the end."""
+    tokens = numbers.shape[1]
+    for lane in range(lanes):
+        bits = extra[lane]
+        if bits == 0:
+            continue
+        extra[lane] = 0
+        x = state[lane]
+        row, token = divmod(begin + lane, tokens)
+        numbers[row, token] += numba.int32(x & ((numba.uint32(1) << bits) - numba.uint32(1)))
+        x >>= bits
+        if x < LOW:
+            if at >= words.size:
+                return -1
+            x = numba.uint32((x << numba.uint32(16)) | words[at])
+            at += 1
+        state[lane] = x
     return at
 
 
@@ -120,13 +170,9 @@ def decode(words, contexts, tables, numbers, freq, start, slots, first, shift, e
     """
     rows, tokens = numbers.shape
     size = words.size
-    if size < STATE_WORDS:
-        return False
     state = np.empty(LANES, dtype=np.uint32)
-    for lane in range(LANES):
-        state[lane] = words[2 * lane] | (numba.uint32(words[2 * lane + 1]) << numba.uint32(16))
-        if state[lane] < LOW:
-            return False
+    if not _read_states(words, state):
+        return False
     at = STATE_WORDS
     count = rows * tokens
     extra = np.zeros(LANES, dtype=np.uint32)  # plain bits that each lane still has to read
@@ -162,24 +208,7 @@ def decode(words, contexts, tables, numbers, freq, start, slots, first, shift, e
                 token = 0
                 row += 1
         if pending:
-            for lane in range(lanes):
-                bits = extra[lane]
-                if bits == 0:
-                    continue
-                extra[lane] = 0
-                x = state[lane]
-                row, token = divmod(begin + lane, tokens)
-                numbers[row, token] += numba.int32(x & ((numba.uint32(1) << bits) - numba.uint32(1)))
-                x >>= bits
-                if x < LOW:
-                    if at >= size:
-                        return False
-                    x = numba.uint32((x << numba.uint32(16)) | words[at])
-                    at += 1
-                state[lane] = x
-    if at != size:
-        return False
-    for lane in range(LANES):
-        if state[lane] != LOW:
-            return False
-    return True
+            at = _pull_bits(words, at, state, extra, numbers, begin, lanes)
+            if at < 0:
+                return False
+    return at == size and _is_closed(state)
