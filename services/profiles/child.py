@@ -1,0 +1,30 @@
+"""``python -m services.profiles.child PARENT COMMAND …``: become `COMMAND`, politely, and not longer than the process PARENT lives.
+
+Linux ends a process with its parent when asked to (`man 2 prctl`, PR_SET_PDEATHSIG), and keeps that over an exec; so even a worker
+that is killed leaves no calibration behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+#: All that serves requests goes first.
+NICE = 15
+
+
+def main(parent: int, command: list[str]) -> None:
+    """Does not return."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)  # it ended before we asked
+    os.nice(NICE)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
