@@ -9,11 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvstore.codecs import KVSample, Profile
 from kvstore.codecs.calibration import calibrate
 from kvstore.layout import KVLayout
-from tests.engine_support import VOCABULARY
+from services.calibrate.collect import embeddings, samples
+from tests.engine_support import VOCABULARY, prompt
 
 
 def random_sample(layout: KVLayout, tokens: int, seed: int) -> KVSample:
@@ -32,6 +34,13 @@ def profile_of(layout: KVLayout, fingerprint: str, seed: int = 0) -> Profile:
     samples = [random_sample(layout, 64, 100 * seed + number) for number in range(4)]
     table = torch.randn(VOCABULARY, 8, generator=torch.Generator().manual_seed(seed))
     return calibrate(layout, samples, table, facts={"model": fingerprint})
+
+
+def fitted_profile(path: Path, layout: KVLayout, fingerprint: str) -> Profile:
+    """One that knows the model in the directory `path`."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    windows = [prompt(400, seed) for seed in range(8)]
+    return calibrate(layout, samples(model, windows), embeddings(model), facts={"model": fingerprint})
 
 
 def copying(source: Path, runs: Path) -> Callable[[str, Path], list[str]]:

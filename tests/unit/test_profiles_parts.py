@@ -63,8 +63,8 @@ NOTE = Note.of(profile(), b"x" * 100)
 DAMAGED = [
     b"", b"{", b"[]", b"{}", b"\xff", b"[" * 60_000, NOTE.to_bytes()[:-2],
     *(replace(NOTE, **change).to_bytes() for change in (
-        {"size_bytes": 0}, {"size_bytes": 1 << 40}, {"size_bytes": True}, {"size_bytes": "9"}, {"size_bytes": 9 << 20}, {"digest": "../" * 30},
-        {"content": None}, {"first": "0" * 64},
+        {"size_bytes": 0}, {"size_bytes": 1 << 40}, {"size_bytes": True}, {"size_bytes": "9"}, {"size_bytes": 9 << 20},
+        {"digest": "../" * 30}, {"content": None}, {"first": "0" * 64},
     )),
 ]  # fmt: skip
 
