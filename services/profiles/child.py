@@ -6,6 +6,7 @@ that is killed leaves no calibration behind.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,6 +24,8 @@ def main(parent: int, command: list[str]) -> None:
     if os.getppid() != parent:
         sys.exit(1)  # it ended before we asked
     os.nice(NICE)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, it is this process that ends, and not the worker
     os.execv(command[0], command)
 
 

@@ -27,7 +27,8 @@ FALLBACK = "int8"
 START_S = 30.0
 #: Between two looks at the store for a profile that another worker may have made.
 POLL_S = 5.0
-#: A profile that was not found is looked for again after so long; at most `MAX_MISSING` at a time.
+#: A profile that was not found is looked for again after so long, at most `MAX_MISSING` at a time; one that could not be shared is tried
+#: again after so long, and then twice as long, and so on.
 RETRY_S = 30.0
 MAX_MISSING = 8
 log = logging.getLogger(__name__)
@@ -129,9 +130,11 @@ class ProfileKeeper:
             profile = await self._obtain()
         # A profile that a user gave is found by the blocks that name it; it does not become the model's for everybody.
         names = () if self._wanted.profile else (self._name,)
+        pause_s = RETRY_S
         while self._shared:
             kept = await self._shared.share(profile, names)
-            await asyncio.sleep(PIN_S / 3 if kept else PIN_S / 2)
+            await asyncio.sleep(PIN_S / 3 if kept else pause_s)
+            pause_s = RETRY_S if kept else min(2 * pause_s, PIN_S / 2)
 
     async def _adopt(self, profile: Profile) -> Profile:
         """Write new blocks with `profile` from now on. Raises ConcertinaError where it does not fit."""
