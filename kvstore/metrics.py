@@ -42,6 +42,7 @@ METRICS: dict[str, Metric] = {
     "publish_queue_blocks": Metric("gauge", "Blocks that wait to be published"),
     "publish_dropped": Metric("counter", "Blocks that were not published because the queue was full or the store away", ("reason",)),
     "corrupt_blocks": Metric("counter", "Blocks that failed verification and were treated as a miss", ("where",)),
+    "unreadable_blocks": Metric("counter", "Blocks treated as a miss because their codec or profile is not known here", ("reason",)),
     "leases": Metric("gauge", "Leases held by readers", ("node",)),
     "store_unavailable": Metric("counter", "Calls that went on without the store", ("part",)),
     "requests": Metric("counter", "Requests answered, by gRPC status code", ("code",)),

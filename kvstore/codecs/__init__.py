@@ -32,6 +32,9 @@ CODECS: dict[str, tuple[int, str]] = {
     "transform": (7, "kvstore.codecs.transform:TransformCodec"),
 }
 
+#: In the header of a block that carries a part of a profile through the store. No codec of K and V ever gets this number.
+PROFILE_WIRE_ID = 0xFFFF
+
 #: Imported on use, so that the table can be read without torch.
 _LAZY = {
     "Codec": "kvstore.codecs.base",
@@ -42,7 +45,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "CODECS", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create",
+    "CODECS", "PROFILE_WIRE_ID", "Codec", "EncodedBlock", "KVSample", "Profile", "calibrate", "codec_class", "codec_for_wire_id", "create",
     "name_of_wire_id", "names",
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from kvstore.codecs import name_of_wire_id
+from kvstore.codecs import PROFILE_WIRE_ID, name_of_wire_id
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
 
@@ -54,7 +54,8 @@ class NodeMetrics:
             metrics.blocks.labels(node=node, fidelity=str(fidelity)).set(count)
         stored: Counter[str] = Counter()
         for wire_id, size_bytes in engine.table.stored_by_codec.items():
-            stored[name_of_wire_id(wire_id) or "other"] += size_bytes
+            name = "profile" if wire_id == PROFILE_WIRE_ID else name_of_wire_id(wire_id)
+            stored[name or "other"] += size_bytes
         for codec, size_bytes in stored.items():
             metrics.stored_bytes.labels(node=node, codec=codec).set(size_bytes)
 

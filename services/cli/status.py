@@ -42,7 +42,7 @@ def status(name: str) -> dict[str, Any]:
         "inference": system.inference,
         "http": next((w.http for w in workers if w.http), None),
         "model": system.model,
-        "codec": system.codec,
+        "codec": next((w.codec for w in workers if w.address == system.inference), system.codec),
         "nodes": rows(nodes, NODE_FIELDS),
         "workers": rows(workers, WORKER_FIELDS),
         "redis": system.redis,

@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with session.interruptible(), session.fresh_system(args.name) as system:
             launch.launch(wanted, system, _say)
+            if system.codec != wanted.codec:
+                _say(f"a profile for {wanted.codec} is found or made in the background; new blocks are {system.codec} until then")
             _tell(wanted, system, args)
             if args.foreground:
                 _stay(system)

@@ -14,7 +14,7 @@ from types import FrameType
 
 from kvstore import errors
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
-from services.system.checks import check_codec, check_device, check_engine, check_listen, check_redis, local_model
+from services.system.checks import check_codec, check_device, check_engine, check_listen, check_profile, check_redis, local_model
 
 READY_TIMEOUT_S = 60.0
 APPLICATION = "concertina"
@@ -25,7 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis", metavar="URL", help="metadata of the store's cluster; without it there is no store")
     parser.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="gRPC address, port 0 for a free one (%(default)s)")
     parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="metrics page of the first replica (%(default)s)")
-    parser.add_argument("--codec", default="int8", help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--codec", default="transform", help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--profile", metavar="FILE", help="profile for the codec (default: found, or made in the background)")
     parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="replicas, one a GPU (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_codec(args.codec)
+    check_profile(args.profile)
     check_engine(args.engine)
     check_device(args.device)
     check_redis(args.redis)
@@ -96,6 +98,7 @@ def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
             redis=args.redis,
             engine=args.engine,
             codec=args.codec,
+            profile=args.profile and str(Path(args.profile).absolute()),
             ratio=args.ratio,
             device=args.device,
             replicas=args.workers,

@@ -7,12 +7,15 @@ from the store and publishes new ones through `kvstore.client`, and goes on with
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:  # it brings torch, and the command line reads this module to check its arguments
+    from kvstore.codecs import Profile
     from kvstore.layout import KVLayout
 
 
@@ -117,7 +120,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the engine serves."""
+    """What the engine serves; `codec` is what new blocks are written with now."""
 
     model: str
     fingerprint: str
@@ -135,6 +138,8 @@ class Engine(ABC):
 
     name: ClassVar[str]
     info: ModelInfo
+    #: Told the codec's number and the profile's digest of a block that could not be read for want of its profile.
+    on_unknown_profile: Callable[[int, bytes], None] | None = None
 
     @abstractmethod
     async def start(self) -> None:
@@ -143,6 +148,16 @@ class Engine(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """Finish what runs, flush the publish queue for a bounded time, free everything."""
+
+    async def use_profile(self, profile: Profile, codec: str, options: dict[str, Any], *, write: bool) -> None:
+        """Read blocks of `codec` with `profile` from now on and, with `write`, write new ones so, too. Running requests go on.
+
+        Raises
+        ------
+        ConcertinaError
+            Where they do not fit the model, or the engine (like this default) knows nothing of profiles.
+        """
+        raise ConfigError(f"engine {self.name!r} reads no blocks with profiles")
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:

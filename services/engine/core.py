@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from kvstore.clock import Clock
+from kvstore.codecs import Codec
 from kvstore.errors import CapacityError, ConcertinaError, DeadlineError
 from kvstore.identity import block_key
 from kvstore.metrics import Metrics
@@ -37,18 +38,15 @@ class Core:
     scheduler : Scheduler
     writer : BlockWriter or None
         None publishes nothing.
-    publish_generated : bool
-        Whether blocks with generated tokens are published. Their K and V come from other kernels than a prompt's and differ in
-        the last bits, so a lossless codec must not have them: what it returns stands in for a prompt's own.
     eos : frozenset of int
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, writer: BlockWriter | None, publish_generated: bool, eos: frozenset[int],
-        rates: Rates, metrics: Metrics, clock: Clock,
+        self, runner: Runner, scheduler: Scheduler, writer: BlockWriter | None, eos: frozenset[int], rates: Rates, metrics: Metrics,
+        clock: Clock,
     ) -> None:  # fmt: skip
         self._runner, self._scheduler, self._writer = runner, scheduler, writer
-        self._publish_generated, self._eos, self._rates = publish_generated, eos, rates
+        self._eos, self._rates = eos, rates
         self._metrics, self._clock = metrics, clock
         self._jobs: dict[str, Job] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -67,6 +65,11 @@ class Core:
     def cancel(self, id_: str) -> None:
         """Drop a job at the next step and free what it held; unknown ones are ignored."""
         self._command(lambda: self._forget(id_))
+
+    def write_with(self, codec: Codec) -> None:
+        """Encode blocks with `codec` from the next step on."""
+        if self._writer is not None:
+            self._command(lambda: setattr(self._writer, "codec", codec))
 
     def stop(self, flush_s: float) -> None:
         """End running jobs as cancelled, encode what waits for at most `flush_s`, and wait for the thread."""
@@ -195,7 +198,9 @@ class Core:
             job.pressed = True
 
     def _end(self, job: Job, text: str, tokens: list[int], reason: str) -> None:
-        if self._publish_generated and not job.pressed:
+        # K and V of generated tokens come from other kernels than a prompt's and differ in the last bits, so a lossless codec must not
+        # have them: what it returns stands in for a prompt's own.
+        if self._writer is not None and self._writer.codec.name != "raw" and not job.pressed:
             self._publish(job, job.kv.length)
         now = self._clock.now()
         job.sink(job.last_delta(text, tokens, reason, now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import torch
@@ -12,9 +12,9 @@ import torch
 from kvstore.block import Distortion, EncodedBlock, Provenance
 from kvstore.client import Hit, KvClient
 from kvstore.clock import Clock
-from kvstore.codecs import Codec, codec_for_wire_id
+from kvstore.codecs import Codec, codec_for_wire_id, name_of_wire_id
 from kvstore.errors import ConcertinaError, CorruptBlockError
-from kvstore.identity import NamespaceFields, block_keys, namespace
+from kvstore.identity import NO_PARENT, NamespaceFields, block_keys, namespace
 from kvstore.layout import dtype_name
 from kvstore.metrics import Metrics
 
@@ -25,6 +25,8 @@ from .rates import Rates
 
 #: Blocks decoded in one call: large enough to keep the cores busy, small enough to stop at a deadline.
 DECODE_BLOCKS = 8
+#: Codecs with a profile that are held at once; a profile takes some hundred MiB once it is in use.
+MAX_PROFILES = 4
 #: Of the time that is left after the lookup; the last blocks must still be decoded.
 FETCH_SHARE = 0.9
 log = logging.getLogger(__name__)
@@ -37,25 +39,37 @@ class StoreReader:
     ----------
     client : KvClient
     codec : Codec
-        The engine's own; blocks of other codecs that need no profile are read as well.
+        The engine's own. Blocks of codecs that need no profile are read as well, and those of codecs that `learn` was given.
     fingerprint : str
         Of the model.
     block_tokens : int
     workers : Executor
         Where decoding runs.
+    on_unknown : callable
+        Told the codec's number and the profile's digest of a block that cannot be read for want of its profile.
     """
 
     def __init__(
         self, client: KvClient, codec: Codec, fingerprint: str, block_tokens: int, workers: Executor, rates: Rates, metrics: Metrics,
-        clock: Clock,
+        clock: Clock, on_unknown: Callable[[int, bytes], None] = lambda number, profile: None,
     ) -> None:  # fmt: skip
-        self._client, self._codec, self._fingerprint, self._block_tokens = client, codec, fingerprint, block_tokens
+        self._client, self._layout, self._fingerprint, self._block_tokens = client, codec.layout, fingerprint, block_tokens
         self._workers, self._rates, self._metrics, self._clock = workers, rates, metrics, clock
-        self._codecs: dict[int, Codec] = {codec.wire_id: codec}
+        self._on_unknown = on_unknown
+        #: By what a block's header names: the codec's number and the profile's digest. Without a profile: None if it cannot be had.
+        self._codecs: dict[tuple[int, bytes], Codec | None] = {}
+        self.learn(codec)
+
+    def learn(self, codec: Codec) -> None:
+        """Read blocks of this codec and profile from now on; forget the profile that was learnt first when there are too many."""
+        self._codecs[codec.wire_id, codec.profile_digest] = codec
+        with_profile = [name for name in self._codecs if name[1] != NO_PARENT]
+        if len(with_profile) > MAX_PROFILES:
+            del self._codecs[with_profile[0]]
 
     def namespace(self, tenant: str) -> bytes:
         """The namespace of one tenant's blocks of this model."""
-        lay = self._codec.layout
+        lay = self._layout
         return namespace(
             NamespaceFields(
                 model=self._fingerprint, dtype=dtype_name(lay.dtype), layers=lay.layers, kv_heads=lay.kv_heads, head_dim=lay.head_dim,
@@ -124,35 +138,36 @@ class StoreReader:
         size, more = self._block_tokens, True
         while more and self._clock.now() < until:
             batch: list[EncodedBlock] = []
+            codecs: list[Codec] = []
             first = prefix.tokens // size
             while len(batch) < DECODE_BLOCKS and (not batch or not arrived.empty()):
                 block = await arrived.get()
-                more = block is not None and self._readable(block, (first + len(batch)) * size)
+                codec = block and self._codec_for(block, (first + len(batch)) * size)
+                more = codec is not None
                 if not more:
                     break
                 batch.append(block)
+                codecs.append(codec)
             if batch:
                 ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, ids)
+                await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, codecs, ids)
                 self._account(prefix, batch)
 
-    def _readable(self, block: EncodedBlock, start: int) -> bool:
-        return block.header.start == start and block.header.tokens == self._block_tokens and self._codec_of(block) is not None
-
     @torch.inference_mode()
-    def _decode_batch(self, kv: LiveKV, first: int, batch: list[EncodedBlock], ids: list[Sequence[int]]) -> None:
-        began = self._clock.now()
+    def _decode_batch(
+        self, kv: LiveKV, first: int, batch: list[EncodedBlock], codecs: list[Codec], ids: list[Sequence[int]]
+    ) -> None:
         kv.reserve((first + len(batch)) * self._block_tokens)
         k, v = kv.blocks(first * self._block_tokens, len(batch))
         at = 0
         while at < len(batch):
-            codec = self._codec_of(batch[at])
-            stop = next((i for i in range(at, len(batch)) if batch[i].header.codec != batch[at].header.codec), len(batch))
+            codec, began = codecs[at], self._clock.now()
+            stop = next((i for i in range(at, len(batch)) if codecs[i] is not codec), len(batch))
             codec.decode(batch[at:stop], tokens=ids[at:stop], out=(k[at:stop], v[at:stop]))
+            self._metrics.decode_seconds.labels(codec=codec.name).observe(self._clock.now() - began)
             at = stop
         kv.length = (first + len(batch)) * self._block_tokens
-        self._metrics.decode_seconds.labels(codec=self._codec.name).observe(self._clock.now() - began)
 
     def _account(self, prefix: Prefix, batch: list[EncodedBlock]) -> None:
         """Count blocks that are in place, and what computing on top of them is worth."""
@@ -170,16 +185,26 @@ class StoreReader:
         prefix.tokens += len(batch) * self._block_tokens
         report.cached_tokens, report.blocks_hit = prefix.tokens, prefix.tokens // self._block_tokens
 
-    def _codec_of(self, block: EncodedBlock) -> Codec | None:
-        """Who can read `block`: None for a codec of another version, or one with a profile that is not ours."""
-        number = block.header.codec
-        if number not in self._codecs:
-            try:
-                cls = codec_for_wire_id(number)
-                self._codecs[number] = cls(self._codec.layout)
-            except (ConcertinaError, ImportError) as error:
-                log.info("blocks of codec number %d cannot be read here: %s", number, error)
-                return None
-        codec = self._codecs[number]
-        return codec if codec.profile_digest == block.header.profile else None
+    def _codec_for(self, block: EncodedBlock, start: int) -> Codec | None:
+        """Who can read `block`, which should begin at `start`; None, counted, where nobody here can."""
+        header = block.header
+        if header.start != start or header.tokens != self._block_tokens:
+            self._metrics.unreadable_blocks.labels(reason="shape").inc()
+            return None
+        name = header.codec, header.profile
+        if header.profile == NO_PARENT and name not in self._codecs:
+            self._codecs[name] = self._without_profile(header.codec)
+        codec = self._codecs.get(name)
+        if codec is None:
+            known = header.profile != NO_PARENT and name_of_wire_id(header.codec) is not None
+            self._metrics.unreadable_blocks.labels(reason="profile" if known else "codec").inc()
+            if known:
+                self._on_unknown(*name)
+        return codec
 
+    def _without_profile(self, number: int) -> Codec | None:
+        try:
+            return codec_for_wire_id(number)(self._layout)
+        except (ConcertinaError, ImportError) as error:
+            log.info("blocks of codec number %d cannot be read here: %s", number, error)
+            return None

@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from kvstore.client import ClientConfig, KvClient
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs import Codec, create
+from kvstore.codecs import Codec, Profile, create
 from kvstore.errors import CapacityError, DeadlineError, InvalidInputError
 from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
@@ -40,6 +41,7 @@ from .sampler import Sampler
 from .scheduler import Scheduler
 from .shapes import find_shapes
 from .textstream import TextStream
+from .warm import ready_codec
 from .writer import BlockWriter
 
 #: Requests that may fetch their blocks and then wait for a slot, beyond those that run.
@@ -96,7 +98,7 @@ class TransformersEngine(Engine):
             self._client = self._store if not isinstance(self._store, ClientConfig) else KvClient(self._store, self.metrics, self._clock)
             await self._client.start()
             self._reader = StoreReader(
-                self._client, codec, digest, config.block_tokens, self._workers, self._rates, self.metrics, self._clock
+                self._client, codec, digest, config.block_tokens, self._workers, self._rates, self.metrics, self._clock, self._unknown
             )
         tokens = config.max_live_tokens or config.max_batch * self._loaded.context_window
         self._admission = Admission(config.max_batch + FETCH_AHEAD, tokens // config.block_tokens)
@@ -126,9 +128,19 @@ class TransformersEngine(Engine):
 
             writer = BlockWriter(codec, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
         scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
-        return Core(
-            self._runner, scheduler, writer, codec.name != "raw", self._loaded.eos, self._rates, self.metrics, self._clock
-        )
+        return Core(self._runner, scheduler, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
+
+    async def use_profile(self, profile: Profile, codec: str, options: dict[str, Any], *, write: bool) -> None:
+        made = await asyncio.to_thread(ready_codec, codec, self.info.layout, profile, options, self.config)
+        if self._reader is not None:
+            self._reader.learn(made)
+        if write:
+            self._core.write_with(made)
+            self.info = replace(self.info, codec=codec)
+
+    def _unknown(self, number: int, profile: bytes) -> None:
+        if self.on_unknown_profile is not None:
+            self.on_unknown_profile(number, profile)
 
     async def stop(self) -> None:
         if self._stopped or not hasattr(self, "_core"):

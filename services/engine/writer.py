@@ -50,6 +50,7 @@ class BlockWriter:
     Parameters
     ----------
     codec : Codec
+        `codec` may be set to another one between two calls.
     deliver : callable
         Gets the encoded blocks in order; must not block.
     limit : int
@@ -59,7 +60,7 @@ class BlockWriter:
     """
 
     def __init__(self, codec: Codec, deliver: Deliver, limit: int, share: float, metrics: Metrics, clock: Clock) -> None:
-        self._codec, self._deliver, self._limit, self._share = codec, deliver, limit, share
+        self.codec, self._deliver, self._limit, self._share = codec, deliver, limit, share
         self._metrics, self._clock = metrics, clock
         self._queue: deque[tuple[Chain, tuple, int]] = deque()
         self._not_before = 0.0
@@ -97,7 +98,7 @@ class BlockWriter:
             return
         seconds = self._clock.now() - began
         self._not_before = began + seconds / self._share
-        self._metrics.encode_seconds.labels(codec=self._codec.name).observe(seconds)
+        self._metrics.encode_seconds.labels(codec=self.codec.name).observe(seconds)
         self._deliver(blocks, chain.input_tokens)
 
     def _encode(self, chain: Chain, views: tuple, first: int, count: int) -> list[EncodedBlock]:
@@ -105,6 +106,6 @@ class BlockWriter:
         span = slice(first, first + count)
         starts = [chain.start + (first + i) * size for i in range(count)]
         tokens = [chain.tokens[(first + i) * size : (first + i + 1) * size] for i in range(count)]
-        encoded = self._codec.encode(views[0][span], views[1][span], start=starts, tokens=tokens)
+        encoded = self.codec.encode(views[0][span], views[1][span], start=starts, tokens=tokens)
         named = zip(encoded, chain.keys[first : first + count], chain.keys[first + 1 : first + count + 1], strict=True)
         return [block.with_identity(key, chain.namespace, parent, chain.provenance) for block, parent, key in named]

@@ -20,6 +20,11 @@ def check_codec(name: str) -> None:
     _one_of("codec", name, CODECS)
 
 
+def check_profile(path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"--profile {path}: no such file; make one with `concertina calibrate --out {path}`")
+
+
 def check_policy(name: str) -> None:
     from kvstore.eviction import POLICIES
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from kvstore.errors import ConfigError, TransportError
+from kvstore.metadata import WorkerRecord
 from kvstore.metadata.embedded import start_valkey
 
 from . import record
@@ -79,7 +80,8 @@ def begin(plan: Plan, system: SystemRecord, say: Callable[[str], None]) -> list[
 def finish(plan: Plan, system: SystemRecord, children: list[Child], say: Callable[[str], None]) -> None:
     """The second half of `launch`: wait until all `children` are ready and have joined."""
     _wait(children, say)
-    _wait_for_members(plan, system.redis)
+    workers = _wait_for_members(plan, system.redis)
+    system.codec = next((w.codec for w in workers if w.address == system.inference), plan.codec)
     system.phase = UP
     system.save()
 
@@ -127,15 +129,15 @@ def _wait(children: list[Child], say: Callable[[str], None]) -> None:
         time.sleep(0.05)
 
 
-def _wait_for_members(plan: Plan, redis: str) -> None:
-    """Until Redis names them all: the workers find nodes, and `status` finds both, from there alone."""
+def _wait_for_members(plan: Plan, redis: str) -> list[WorkerRecord]:
+    """Until Redis names them all: the workers find nodes, and `status` finds both, from there alone. Gives the workers."""
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     expected = {plan.node_id(number) for number in range(plan.nodes)}
     while True:
         nodes, workers = members(redis)
         missing = expected - {node.id for node in nodes}
         if not missing and len(workers) >= plan.workers:
-            return
+            return workers
         if time.monotonic() > deadline:
             absent = ", ".join(sorted(missing)) or f"{plan.workers - len(workers)} worker(s)"
             raise TransportError(f"{absent} did not join the cluster at {redis} within {JOIN_TIMEOUT_S:.0f} s")

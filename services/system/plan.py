@@ -26,6 +26,8 @@ class Plan:
     arena_bytes : int
         Of each node.
     codec : str
+    profile : str or None
+        File; None leaves it to the workers to find or make one.
     ratio : float or None
     policy : str
         Empty for the node's default.
@@ -40,7 +42,8 @@ class Plan:
     nodes: int = 2
     workers: int = 1
     arena_bytes: int = 256 << 20
-    codec: str = "int8"
+    codec: str = "transform"
+    profile: str | None = None
     ratio: float | None = None
     policy: str = ""
     redis: str | None = None
@@ -63,6 +66,7 @@ class Plan:
         command = ["worker", "--redis", redis, "--model", str(self.model), "--listen", listen, "--workers", str(self.workers)]
         command += ["--codec", self.codec, "--device", self.device, "--engine", self.engine, "--scratch", str(scratch)]
         command += ["--ratio", str(self.ratio)] if self.ratio else []
+        command += ["--profile", self.profile] if self.profile else []
         return _concertina(command + (["--tenants", self.tenants] if self.tenants else []))
 
 
@@ -72,7 +76,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help="store nodes (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker actors, one a GPU; 0 for the store alone (%(default)s)")
     parser.add_argument("--arena", default="256MiB", metavar="SIZE", help="memory for blocks of each node (%(default)s)")
-    parser.add_argument("--codec", default="int8", help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--codec", default="transform", help="codec that new blocks are written with (%(default)s)")
+    parser.add_argument("--profile", metavar="FILE", help="profile for the codec (default: found, or made in the background)")
     parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
     parser.add_argument("--policy", default="", help="eviction policy of the nodes (default: theirs)")
     parser.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of starting one")
@@ -90,6 +95,7 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.check_redis(args.redis)
     checks.check_ratio(args.ratio)
     checks.check_codec(args.codec)
+    checks.check_profile(args.profile)
     if args.policy:
         checks.check_policy(args.policy)
     checks.check_tenants(args.tenants)
@@ -104,6 +110,7 @@ def plan(args: argparse.Namespace) -> Plan:
         workers=args.workers,
         arena_bytes=arena_bytes,
         codec=args.codec,
+        profile=str(Path(args.profile).absolute()) if args.profile else None,
         ratio=args.ratio,
         policy=args.policy,
         redis=args.redis,

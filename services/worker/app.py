@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -25,7 +26,7 @@ from kvstore.metrics import Metrics
 from protos.concertina.inference.v1 import inference_pb2 as pb
 from services.engine.base import Delta
 from services.worker import responses
-from services.worker.engines import create_engine
+from services.worker.engines import create_engine, create_keeper
 from services.worker.listen import bind_replica
 from services.worker.metrics_page import MetricsPage
 from services.worker.options import WorkerArgs
@@ -68,19 +69,23 @@ class Worker:
         self._metrics = Metrics()
         self._page = MetricsPage(self._metrics.registry, args.metrics)
         self._engine = create_engine(args, self._metrics)
+        self._keeper = create_keeper(args, self._engine)
         self._presence: Presence | None = None
         self._watchers = 0
         await self._engine.start()
+        await self._keeper.start()
         self._page.start()
         if args.redis:
-            self._presence = Presence(connect(args.redis), self._record(args), self._metrics)
+            record = self._record(args)
+            self._presence = Presence(connect(args.redis), lambda: replace(record, codec=self._engine.info.codec), self._metrics)
             await self._presence.start()
         log.info("worker of %s is ready", self._engine.info.model)
 
     async def __del__(self) -> None:
-        """Serve's hook for the end of a replica: leave the membership, flush what is to be published, free the model."""
+        """Serve's hook for the end of a replica: leave the membership, end a calibration, flush what is to be published, free the model."""
         if self._presence:
             await self._presence.stop()
+        await self._keeper.stop()
         await self._engine.stop()
         self._page.stop()
 

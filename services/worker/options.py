@@ -21,7 +21,10 @@ class WorkerArgs(BaseModel):
     engine : str
         Name in `services.engine.ENGINES`.
     codec : str
-        Codec that new blocks are written with; blocks of any codec are read.
+        Codec that new blocks are written with; blocks of any codec are read. One that needs a profile begins when there is one, and
+        int8 stands in for it until then.
+    profile : str or None
+        File of a profile to use, instead of one that is found or made.
     ratio : float or None
         What the codec is asked to reach, where it can be asked.
     device : str
@@ -46,7 +49,8 @@ class WorkerArgs(BaseModel):
     model: str = ""
     redis: str | None = None
     engine: str = "transformers"
-    codec: str = "int8"
+    codec: str = "transform"
+    profile: str | None = None
     ratio: float | None = Field(default=None, gt=1.0, le=1000.0)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda)$")
     replicas: int = Field(default=1, ge=1, le=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from kvstore.errors import ConcertinaError
 from kvstore.metadata import Metadata, WorkerRecord
@@ -22,11 +23,12 @@ class Presence:
     ----------
     metadata : Metadata
         Owned from here on: `stop` closes it.
-    record : WorkerRecord
+    record : callable
+        Makes the record of now; its id stays the same.
     metrics : Metrics
     """
 
-    def __init__(self, metadata: Metadata, record: WorkerRecord, metrics: Metrics) -> None:
+    def __init__(self, metadata: Metadata, record: Callable[[], WorkerRecord], metrics: Metrics) -> None:
         self._metadata = metadata
         self._record = record
         self._metrics = metrics
@@ -43,7 +45,7 @@ class Presence:
             self._task.cancel()
             await asyncio.wait({self._task})
         with contextlib.suppress(ConcertinaError):
-            await self._metadata.leave_worker(self._record.id)
+            await self._metadata.leave_worker(self._record().id)
         await self._metadata.close()
 
     async def _run(self) -> None:
@@ -53,7 +55,7 @@ class Presence:
 
     async def _beat(self) -> None:
         try:
-            await self._metadata.heartbeat_worker(self._record, ttl_s=TTL_S)
+            await self._metadata.heartbeat_worker(self._record(), ttl_s=TTL_S)
         except ConcertinaError as error:
             self._metrics.store_unavailable.labels(part="membership").inc()
             log.debug("heartbeat failed: %s", error)

@@ -110,7 +110,7 @@ def test_down_spares_a_process_that_took_a_recorded_pid(cli):
 
 
 def test_a_signal_while_ray_starts_leaves_nothing(cli):
-    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB")
+    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB", "--codec", "int8")
     until(lambda: any("raylet" in p.name() for p in marked("ray-")), timeout_s=120, what="the start of Ray")
     up.send_signal(signal.SIGINT)
     assert up.wait(90) == 128 + signal.SIGINT
@@ -118,7 +118,7 @@ def test_a_signal_while_ray_starts_leaves_nothing(cli):
 
 
 def test_down_after_the_worker_process_was_killed(cli):
-    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB")
+    up = cli.start("up", "--name", "ray", "--nodes", "1", "--arena", "8MiB", "--codec", "int8")
     until(lambda: any("raylet" in p.name() for p in marked("ray-")), timeout_s=120, what="the start of Ray")
     up.kill()
     up.wait()

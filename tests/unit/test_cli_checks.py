@@ -27,6 +27,7 @@ REFUSED = {
     "arena in nonsense": (["--arena", "lots"], "256MiB"),
     "arena beyond the memory": (["--arena", "100000GiB"], "memory"),
     "unknown codec": (["--codec", "zip"], "int8"),
+    "no such profile": (["--profile", "/nowhere/p.kvp"], "concertina calibrate"),
     "unknown policy": (["--policy", "random"], "lru"),
     "unknown device": (["--device", "tpu"], "cpu"),
     "unknown engine": (["--engine", "steam"], "transformers"),

@@ -15,6 +15,7 @@ from kvstore.errors import AuthenticationError, CapacityError, ConfigError
 from kvstore.metrics import Metrics
 from services.engine.base import CacheReport, Delta, Timing
 from services.worker import responses
+from services.worker.engines import create_keeper
 from services.worker.metrics_page import MetricsPage
 from services.worker.options import WorkerArgs
 from services.worker.tenants import Tenants
@@ -58,6 +59,13 @@ def test_arguments_are_checked_before_anything_starts(tmp_path):
             WorkerArgs(**wrong)
     with pytest.raises(ConfigError):
         WorkerArgs(tenants=str(tmp_path / "none.json"))
+
+
+def test_a_profile_for_a_codec_that_has_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="transform"):
+        create_keeper(WorkerArgs(codec="int8", profile=str(tmp_path / "p.kvp")), None)
+    with pytest.raises(ConfigError, match="concertina calibrate"):
+        create_keeper(WorkerArgs(profile=str(tmp_path / "p.kvp")), None)
 
 
 def delta(number: int, last: bool = False) -> Delta:
