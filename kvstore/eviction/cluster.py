@@ -141,19 +141,22 @@ class Placer:
     """Chooses the node for new blocks: where bytes are worth least, by the last reports and what was placed since.
 
     A node that knows a block already learns more from its return than one that has never seen it, and a chain that is cut into
-    pieces is lost below every cut. So a run of blocks goes, in this order, to the node that had it before, the node that holds its
-    parent, and the writer's own host, as long as bytes there are worth at most `tolerance` times the least; else to the least.
+    pieces is lost below every cut. So a run of blocks goes to the first of these nodes whose cheapest bytes are worth at most so many
+    times the least: the one that had it before, the one that holds its parent, the one on the writer's host; else to the least.
 
     Parameters
     ----------
     home : str or None
         The node on the writer's host.
-    tolerance : float
+    tolerance : three floats
+        How many times the least those nodes' bytes may be worth, in that order.
     remember_blocks : int
         Blocks whose last node is remembered; the oldest are forgotten.
     """
 
-    def __init__(self, home: str | None = None, tolerance: float = 1.5, remember_blocks: int = 65_536) -> None:
+    def __init__(
+        self, home: str | None = None, tolerance: tuple[float, float, float] = (4.0, 1.5, 1.0), remember_blocks: int = 65_536
+    ) -> None:
         self.home = home
         self.tolerance = tolerance
         self.remember_blocks = remember_blocks
@@ -176,9 +179,9 @@ class Placer:
             return None
         cheapest = {node: report.cheapest() for node, report in self._reports.items()}
         chosen = min(cheapest, key=lambda node: (cheapest[node][0], -cheapest[node][1], node))
-        limit = cheapest[chosen][0] * self.tolerance
-        for node in (self._before.get(ids[0]), parent, self.home):
-            if node in cheapest and cheapest[node][0] <= limit:
+        least = cheapest[chosen][0]
+        for node, tolerance in zip((self._before.get(ids[0]), parent, self.home), self.tolerance, strict=True):
+            if node in cheapest and cheapest[node][0] <= least * tolerance:
                 chosen = node
                 break
         self._reports[chosen].take(size_bytes)

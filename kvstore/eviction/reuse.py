@@ -36,17 +36,18 @@ class ReuseModel:
     ----------
     groups : sequence of int
         For each class the number of its group.
-    prior_uses : float
-        Weight of the group's hazard in that of a class, in uses.
+    prior_requests : float
+        Weight of the group's hazard in that of a class, in requests: blocks that one request uses are one observation, not many.
     memory : float
         Share of the old counts that survives one `learn`.
     """
 
-    def __init__(self, groups: list[int], prior_uses: float = 20.0, memory: float = 1.0) -> None:
+    def __init__(self, groups: list[int], prior_requests: float = 5.0, memory: float = 1.0) -> None:
         self.groups = np.array(groups)
-        self.prior_uses = prior_uses
+        self.prior_requests = prior_requests
         self.memory = memory
         shape = (len(groups), len(EDGES_S))
+        self._requests = 0.0
         self._uses = np.zeros(shape)
         self._forgotten = np.zeros(shape)
         self._ends = np.zeros(shape)
@@ -63,8 +64,9 @@ class ReuseModel:
         """A block of the class reached this age and will be watched no longer."""
         self._new_forgotten[cls][bisect_right(EDGES_S, age_s) - 1] += 1
 
-    def learn(self, waiting: np.ndarray) -> None:
-        """Set `values` from all counts and from the blocks that still wait, ``[class, bucket]``."""
+    def learn(self, waiting: np.ndarray, requests: int) -> None:
+        """Set `values` from all counts, after `requests` more, and from the blocks that still wait, ``[class, bucket]``."""
+        self._requests = self._requests * self.memory + requests
         for total, new in ((self._uses, self._new_uses), (self._forgotten, self._new_forgotten)):
             total *= self.memory
             total += new
@@ -74,12 +76,13 @@ class ReuseModel:
         uses, ends = self._others + np.stack((self._uses, self._ends))
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
         exposure_s = beyond * _WIDTH_S + ends * _WIDTH_S / 2
+        prior_uses = self.prior_requests * max(self._uses.sum() / self._requests, 1.0)
         hazard = np.empty_like(exposure_s)
         for group in np.unique(self.groups):
             of = self.groups == group
             base = (uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
-            prior_s = self.prior_uses / base
-            hazard[of] = (uses[of] + self.prior_uses) / (exposure_s[of] + prior_s)
+            prior_s = prior_uses / base
+            hazard[of] = (uses[of] + prior_uses) / (exposure_s[of] + prior_s)
         self.values = gittins(hazard).tolist()
 
 

@@ -29,7 +29,7 @@ _GROUPS = [cls // 12 for cls in range(_PARTIAL)] + [4]
 _SHARED_CHILDREN = 4
 _RUNGS = 16
 #: Of blocks alike in class and age the deeper is worth less, by half at this depth: over many nodes a chain is then given up from its tail.
-_DEPTH_SCALE = 1000.0
+_DEPTH_SCALE = 3000.0
 _SAMPLE = 40_000
 
 
@@ -221,7 +221,7 @@ class ValuePolicy(EvictionPolicy):
         return index * table.steps.rows[table.shape[slot]][table.rung[slot]].loss * _DEPTH_SCALE / (_DEPTH_SCALE + table.depth[slot])
 
     def _learn(self, now: float) -> None:
-        self.model.learn(self._waiting(now))
+        self.model.learn(self._waiting(now), self.config.learn_requests)
         self._candidates.stale()
 
     def _waiting(self, now: float) -> np.ndarray:

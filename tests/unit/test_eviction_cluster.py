@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.errors import InvalidInputError
 from kvstore.eviction.cluster import BINS, Placer, Pressure, bin_of, value_of, waterline
+from kvstore.eviction.reuse import EDGES_S, ReuseModel, bucket
 
 
 def pressure(free: int, *pairs: tuple[float, int]) -> Pressure:
@@ -49,6 +50,22 @@ def test_a_report_scales_a_sample_to_the_bytes_in_use() -> None:
     assert report.bytes_by_value[0] == 125
 
 
+def test_nodes_learn_from_each_other_and_refuse_nonsense() -> None:
+    teacher, pupil = ReuseModel([0, 0, 1]), ReuseModel([0, 0, 1])
+    waiting = np.zeros((3, len(EDGES_S)))
+    for _ in range(500):
+        teacher.used(1, 10.0)
+    teacher.learn(waiting, 100)
+    pupil.heed([teacher.lessons()])
+    pupil.learn(waiting, 100)
+    assert pupil.values[1][bucket(9.0)] > 10 * pupil.values[2][bucket(9.0)]
+    taught = pupil.lessons()
+    assert np.frombuffer(taught, dtype="<f4").sum() == 0.0, "what was heard is not passed on as one's own"
+    for wrong in (b"", taught[:-4], np.full(2 * waiting.size, np.nan, "<f4").tobytes(), np.full(2 * waiting.size, -1, "<f4").tobytes()):
+        with pytest.raises(InvalidInputError):
+            pupil.heed([wrong])
+
+
 def test_the_waterline_is_where_the_needed_bytes_end() -> None:
     reports = [pressure(0, (0.01, 100), (1.0, 100)), pressure(50, (0.1, 100))]
     assert waterline(reports, 50) == 0.0
@@ -58,7 +75,7 @@ def test_the_waterline_is_where_the_needed_bytes_end() -> None:
 
 
 def test_new_blocks_go_to_the_least_valuable_bytes_and_the_herd_is_spread() -> None:
-    placer = Placer(tolerance=2.0)
+    placer = Placer(tolerance=(2.0, 2.0, 2.0))
     assert placer.choose([1], 1) is None
     placer.update({"a": pressure(0, (0.01, 100), (1.0, 500)), "b": pressure(0, (0.1, 600)), "c": pressure(0, (0.01, 90), (2.0, 500))})
     assert placer.choose([1, 2], 100) == "a"
