@@ -50,6 +50,13 @@ def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows:
     return shapes, rate
 
 
+def warm_up(runner: Runner, vocab_size: int) -> None:
+    """One tile and one token, so that the first request does not pay for what libraries do at their first call."""
+    kv = runner.new_kv(runner.tile + 1, runner.tile + 1)
+    runner.prefill([PromptTile(kv, 0, [token % vocab_size for token in range(runner.tile)], logits=True)])
+    runner.decode([NextToken(kv, 0, runner.tile)])
+
+
 def _one_by_one(runner: Runner, prompt: Sequence[int], kv: LiveKV, clock: Clock) -> tuple[list[torch.Tensor], float]:
     """Logits after each tile, and the rate of all tiles but the first, which pays for the warm-up."""
     logits, begin = [], 0.0

@@ -36,10 +36,11 @@ from .loading import Loaded, load
 from .presses import PRESSES, create_press
 from .rates import Rates
 from .reader import StoreReader
+from .remembered import machine, remembered_shapes
 from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler
-from .shapes import find_shapes
+from .shapes import find_shapes, warm_up
 from .textstream import TextStream
 from .warm import ready_codec
 from .writer import BlockWriter
@@ -114,7 +115,14 @@ class TransformersEngine(Engine):
         runner = Runner(loaded.model, loaded.layout, config.block_tokens, config.device)
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
         tiles = {min(most, config.busy_prefill_tiles), most}
-        runner.shapes, rate = find_shapes(runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
+        facts = machine(config.device) | {
+            "model": fingerprint(Path(config.model)), "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
+            "batch": str(config.max_batch),
+        }  # fmt: skip
+        find = partial(find_shapes, runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
+        runner.shapes, rate, known = remembered_shapes(facts, find)
+        if known:
+            warm_up(runner, loaded.vocab_size)
         return loaded, runner, rate
 
     def _build_core(self, codec: Codec) -> Core:
