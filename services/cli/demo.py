@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "demo"
 NODES = 2
-ARENA_BYTES = 32 << 20
+ARENA_BYTES = 24 << 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

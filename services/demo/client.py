@@ -11,7 +11,7 @@ from protos.concertina.inference.v1 import inference_pb2_grpc as rpc
 from services.system.wire import OPTIONS, translated
 
 TIMEOUT_S = 120.0
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
