@@ -1,9 +1,10 @@
 """Candidates for the next step down, in groups of one value curve, each ordered by the time of the last use.
 
-A group is a list of at most `_CELLS` cells, each a linked queue of blocks that were last used at about the same time; cells of old
-blocks span more time than those of young ones, in proportion. So a block costs two links, whatever the number of groups, and
-finding, adding and removing one takes a binary search among the cells. Both ends of a group are candidates, its least recently and
-its most recently used block: when a working set is larger than the store, recency alone throws out just what comes back next.
+A group is a list of at most `_CELLS` cells, each a linked queue of blocks that were last used at about the same time; when there are
+too many, the older ones are joined two by two, so cells of old blocks span more time. So a block costs two links, whatever the number
+of groups, and finding, adding and removing one takes a binary search among the cells. Both ends of a group are
+candidates, its least and its most recently used block: when a working set is larger than the store, recency alone throws out just
+what comes back next.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Hashable
 
 from .queues import SlotQueues
 
-_CELLS = 32
+_CELLS, _YOUNG = 48, 16
 
 
 class _Group:
@@ -141,9 +142,10 @@ class Candidates:
         return group.queues[at]
 
     def _merge(self, group: _Group) -> None:
-        """Join the two neighbours that span the least time for their age."""
-        starts, end = group.starts, group.starts[-1]
-        at = min(range(len(starts) - 2), key=lambda i: (starts[i + 2] - starts[i]) / (end - starts[i + 1] + 1e-9))
-        self._queues.join(group.queues[at], group.queues[at + 1])
-        self._free_queues.append(group.queues[at + 1])
-        del starts[at + 1], group.queues[at + 1]
+        """Join the older cells two by two; the newest `_YOUNG` keep their places."""
+        starts, queues = group.starts, group.queues
+        older = (len(queues) - _YOUNG) // 2 * 2
+        for at in range(0, older, 2):
+            self._queues.join(queues[at], queues[at + 1])
+            self._free_queues.append(queues[at + 1])
+        del starts[1:older:2], queues[1:older:2]

@@ -1,4 +1,4 @@
-"""What is remembered of blocks that left: a bounded ring of 64-bit fingerprints, 28 bytes each.
+"""What is remembered of blocks that left: a bounded ring of 64-bit fingerprints, 24 bytes each.
 
 A fingerprint that two blocks share (odds of 1 in 10^12 at a million ghosts) confuses the statistics of one block, nothing else.
 """
@@ -26,20 +26,26 @@ class Ghosts:
 
     def __init__(self, per_block: float) -> None:
         self.per_block = per_block
+        self.count = 0
+        self._origin: float | None = None
         self._at = 0
         self._clear(64)
 
     def remember(self, id: BlockId, state: int, time: float, residents: int) -> tuple[int, float] | None:
         """Keep `state` (32 bits, not all ones) and `time` of a block that left. Answers state and time of the ghost forgotten for it."""
-        if residents * self.per_block > 1.25 * len(self._hash):
-            self._enlarge(int(1.5 * residents * self.per_block))
+        if residents * self.per_block > len(self._hash):
+            self._enlarge(int(1.125 * residents * self.per_block))
+        if self._origin is None:
+            self._origin = time
         at = self._at
         self._at = at + 1 if at + 1 < len(self._hash) else 0
         forgotten = None
         if self._state[at] != _EMPTY:
-            forgotten = (self._state[at], self._time[at])
+            forgotten = (self._state[at], self._time[at] + self._origin)
             self._unlink(at)
-        self._put(at, hash(id), state, time)
+        else:
+            self.count += 1
+        self._put(at, hash(id), state, time - self._origin)
         return forgotten
 
     def take(self, id: BlockId) -> tuple[int, float] | None:
@@ -50,23 +56,25 @@ class Ghosts:
             at = following[at]
         if at < 0:
             return None
-        found = (self._state[at], self._time[at])
+        found = (self._state[at], self._time[at] + (self._origin or 0.0))
         self._unlink(at)
         self._state[at] = _EMPTY
+        self.count -= 1
         return found
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """State and time of all ghosts, copied."""
-        state, time = np.array(self._state), np.array(self._time)
+    def arrays(self, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+        """State and time of all ghosts, or of an even sample when there are more than `limit`; copied."""
+        every = 1 + self.count // limit
+        state, time = np.array(self._state[::every]), np.array(self._time[::every], dtype=np.float64)
         here = state != _EMPTY
-        return state[here], time[here]
+        return state[here], time[here] + (self._origin or 0.0)
 
     def _clear(self, size: int) -> None:
         self._hash = array("q", [0]) * size
-        self._time = array("d", [0.0]) * size
-        self._state = array("L" if array("L").itemsize == 4 else "I", [_EMPTY]) * size
+        self._time = array("f", [0.0]) * size  # seconds since the first ghost, to about 1 ms in three hours
+        self._state = array("I", [_EMPTY]) * size
         self._next = array("i", [NONE]) * size
-        self._heads = array("i", [NONE]) * (1 << max(size - 1, 1).bit_length())
+        self._heads = array("i", [NONE]) * (1 << max(size // 2, 1).bit_length())
 
     def _put(self, at: int, hashed: int, state: int, time: float) -> None:
         self._hash[at], self._state[at], self._time[at] = hashed, state, time

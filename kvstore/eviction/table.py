@@ -119,7 +119,7 @@ class BlockTable:
         shape, rung = np.array(self.shape)[slots], np.array(self.rung)[slots]
         return reuse * loss[shape, rung], share[shape, rung]
 
-    def resident_slots(self, limit: int = 40_000) -> np.ndarray:
+    def resident_slots(self, limit: int = 20_000) -> np.ndarray:
         """Slots of all resident blocks, or of an even sample when there are more than `limit`."""
         slots = np.flatnonzero(np.frombuffer(bytes(self.resident), dtype=np.uint8))
         return slots[:: 1 + len(slots) // limit]

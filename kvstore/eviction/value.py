@@ -30,7 +30,6 @@ _SHARED_CHILDREN = 4
 _RUNGS = 16
 #: Of blocks alike in class and age the deeper is worth less, by half at this depth: over many nodes a chain is then given up from its tail.
 _DEPTH_SCALE = 3000.0
-_SAMPLE = 40_000
 
 
 class ValuePolicy(EvictionPolicy):
@@ -44,7 +43,7 @@ class ValuePolicy(EvictionPolicy):
         Parameters
         ----------
         learn_requests : int
-            Requests between two rounds of learning.
+            Requests between two rounds of learning; more where requests use fewer than eight blocks.
         ghosts_per_block : float
             Blocks remembered after they left, for each resident block.
         memory : float
@@ -67,7 +66,7 @@ class ValuePolicy(EvictionPolicy):
         self._fan = bytearray()
         self._ghosts = Ghosts(self.config.ghosts_per_block)
         self._candidates = Candidates(self._price, self._used_at)
-        self._requests = 0
+        self._requests = self._touched = 0
         self._now = 0.0
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
@@ -77,7 +76,8 @@ class ValuePolicy(EvictionPolicy):
         self._mark_new(slots, known, turn)
         self._classify(request, blocks, slots, turn, now)
         self._requests += 1
-        if self._requests % self.config.learn_requests == 0:
+        self._touched += len(blocks)
+        if self._requests >= self.config.learn_requests and self._touched >= 8 * self.config.learn_requests:
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
@@ -145,7 +145,8 @@ class ValuePolicy(EvictionPolicy):
             fresh = slot < 0
             if fresh:
                 slot = table.add(block)
-                self._reserve()
+                if table.slots > len(classes):
+                    self._reserve()
                 self._retract(table.parent[slot])
                 ghost = self._ghosts.take(block.id)
                 if ghost is None:
@@ -156,7 +157,7 @@ class ValuePolicy(EvictionPolicy):
                 state, used_at[slot] = ghost
                 classes[slot], self._uses[slot] = state & 0xFF, state >> 8 & 0xFF
                 self._turn[slot], self._fan[slot] = state >> 16 & 0xFF, state >> 24
-            else:
+            elif slot in candidates:
                 candidates.remove(self._key(slot), slot)
             model.used(classes[slot], max(now - used_at[slot], 0.0))
             slots[index] = slot
@@ -165,11 +166,10 @@ class ValuePolicy(EvictionPolicy):
 
     def _reserve(self) -> None:
         missing = self.table.slots - len(self._class)
-        if missing > 0:
-            self._used_at.extend([0.0] * missing)
-            for column in (self._class, self._uses, self._turn, self._fan):
-                column.extend(bytes(missing))
-            self._candidates.reserve(self.table.slots)
+        self._used_at.extend([0.0] * missing)
+        for column in (self._class, self._uses, self._turn, self._fan):
+            column.extend(bytes(missing))
+        self._candidates.reserve(self.table.slots)
 
     def _next_turn(self, slots: list[int], known: int) -> int:
         if not known or self._fan[slots[known - 1]] >= _SHARED_CHILDREN:
@@ -221,16 +221,20 @@ class ValuePolicy(EvictionPolicy):
         return index * table.steps.rows[table.shape[slot]][table.rung[slot]].loss * _DEPTH_SCALE / (_DEPTH_SCALE + table.depth[slot])
 
     def _learn(self, now: float) -> None:
-        self.model.learn(self._waiting(now), self.config.learn_requests)
+        self.model.learn(self._waiting(now), self._requests)
+        self._requests = self._touched = 0
         self._candidates.stale()
 
     def _waiting(self, now: float) -> np.ndarray:
-        """Known blocks by class and age bucket, ghosts too."""
-        used_at, classes = np.array(self._used_at), np.frombuffer(bytes(self._class), dtype=np.uint8)
-        resident = np.frombuffer(bytes(self.table.resident), dtype=np.uint8) > 0
-        ghost_state, ghost_time = self._ghosts.arrays()
-        time = np.concatenate([used_at[resident], ghost_time])
-        cls = np.concatenate([classes[resident], ghost_state & 0xFF]).astype(np.int64)
-        age = np.searchsorted(EDGES_S, np.maximum(now - time, 0.0), side="right") - 1
+        """Known blocks by class and age bucket, ghosts too; estimated from a sample where there are many."""
         shape = (len(_GROUPS), len(EDGES_S))
-        return np.bincount(cls * shape[1] + age, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+        waiting = np.zeros(shape[0] * shape[1])
+        slots = self.table.resident_slots()
+        classes = np.frombuffer(bytes(self._class), dtype=np.uint8)[slots]
+        state, time = self._ghosts.arrays()
+        parts = ((classes, np.array(self._used_at)[slots], len(self.table)), (state & 0xFF, time, self._ghosts.count))
+        for cls, used_at, count in parts:
+            if count:
+                age = np.searchsorted(EDGES_S, np.maximum(now - used_at, 0.0), side="right") - 1
+                waiting += np.bincount(cls.astype(np.int64) * shape[1] + age, minlength=len(waiting)) * (count / len(cls))
+        return waiting.reshape(shape)
