@@ -51,7 +51,7 @@ class ValuePolicy(EvictionPolicy):
         """
 
         learn_requests: int = 100
-        ghosts_per_block: float = 3.0
+        ghosts_per_block: float = 4.0
         memory: float = 1.0
 
     def __init__(self, config: Config | None = None) -> None:
