@@ -21,7 +21,7 @@ import torch
 
 from kvstore.client import ClientConfig, KvClient
 from kvstore.clock import Clock, SystemClock
-from kvstore.codecs import Codec, Profile, create
+from kvstore.codecs import Codec, Profile
 from kvstore.errors import CapacityError, DeadlineError, InvalidInputError
 from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
@@ -86,7 +86,7 @@ class TransformersEngine(Engine):
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._loaded, self._runner, rate = await asyncio.to_thread(self._prepare)
         layout = self._loaded.layout
-        codec = create(codec_name, layout, config.profile, **config.codec_options)
+        codec = await asyncio.to_thread(ready_codec, codec_name, layout, config.profile, config.codec_options, config)
         self._rates = Rates(rate, config.store_floor_s, config.store_ceiling_s, config.always_fetch)
         path = Path(config.model)
         digest = fingerprint(path)

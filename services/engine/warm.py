@@ -12,7 +12,7 @@ from kvstore.layout import KVLayout
 from .config import EngineConfig
 
 
-def ready_codec(name: str, layout: KVLayout, profile: Profile, options: dict[str, Any], config: EngineConfig) -> Codec:
+def ready_codec(name: str, layout: KVLayout, profile: Profile | None, options: dict[str, Any], config: EngineConfig) -> Codec:
     """A codec that has encoded and decoded a block: kernels are compiled and the profile's matrices folded, which takes seconds.
 
     Raises
