@@ -84,14 +84,12 @@ class TransformersEngine(Engine):
         config = self.config
         codec_name = config.codec
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
-        self._loaded, self._runner, rate = await asyncio.to_thread(self._prepare)
+        self._loaded, self._runner, digest, rate = await asyncio.to_thread(self._prepare)
         layout = self._loaded.layout
         codec = await asyncio.to_thread(ready_codec, codec_name, layout, config.profile, config.codec_options, config)
         self._rates = Rates(rate, config.store_floor_s, config.store_ceiling_s, config.always_fetch)
-        path = Path(config.model)
-        digest = fingerprint(path)
         self.info = ModelInfo(
-            model=config.name or path.name, fingerprint=digest, context_window=self._loaded.context_window,
+            model=config.name or Path(config.model).name, fingerprint=digest, context_window=self._loaded.context_window,
             vocab_size=self._loaded.vocab_size, layout=layout, block_tokens=config.block_tokens, codec=codec_name,
             presses=tuple(PRESSES), engine=self.name,
         )  # fmt: skip
@@ -106,8 +104,8 @@ class TransformersEngine(Engine):
         self._core = self._build_core(codec)
         self._core.start()
 
-    def _prepare(self) -> tuple[Loaded, Runner, float]:
-        """Load and warm up, outside the event loop."""
+    def _prepare(self) -> tuple[Loaded, Runner, str, float]:
+        """Load, fingerprint and warm up, outside the event loop; gives the prefill rate last, in tokens a second."""
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -115,15 +113,16 @@ class TransformersEngine(Engine):
         runner = Runner(loaded.model, loaded.layout, config.block_tokens, config.device)
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
         tiles = {min(most, config.busy_prefill_tiles), most}
+        digest = fingerprint(Path(config.model))
         facts = machine(config.device) | {
-            "model": fingerprint(Path(config.model)), "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
+            "model": digest, "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
             "batch": str(config.max_batch),
         }  # fmt: skip
         find = partial(find_shapes, runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
             warm_up(runner, loaded.vocab_size)
-        return loaded, runner, rate
+        return loaded, runner, digest, rate
 
     def _build_core(self, codec: Codec) -> Core:
         config, shapes, loop = self.config, self._runner.shapes, asyncio.get_running_loop()
