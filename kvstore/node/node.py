@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -46,19 +47,27 @@ class StoreNode:
     clock : Clock, optional
     metrics : Metrics, optional
         A registry of its own by default.
+    server : callable, optional
+        Makes what serves the node's handlers; a simulation passes one that needs no sockets.
 
     `start` acts and `stop` undoes; a node is started once. `failed` is set when its account does not add up: it is not to be trusted
     then, and takes no more blocks.
     """
 
     def __init__(
-        self, config: NodeConfig, metadata: Metadata | None = None, clock: Clock | None = None, metrics: Metrics | None = None
+        self,
+        config: NodeConfig,
+        metadata: Metadata | None = None,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        server: Callable[[NodeConfig, Service, Clock], Server] = Server,
     ) -> None:
         self.config = config
         self.clock = clock or SystemClock()
         self.metrics = metrics or Metrics()
         self.failed = asyncio.Event()
         self._given_metadata = metadata
+        self._make_server = server
         self._parts = AsyncExitStack()
 
     @property
@@ -102,7 +111,7 @@ class StoreNode:
             page = MetricsPage(NodeMetrics(self.metrics, self.engine, self.service.record.id))
             stack.push_async_callback(page.stop)
             metrics = f"{_reachable(config.metrics)}:{await page.start(config.metrics)}"
-        self._server = Server(config, self.service, clock)
+        self._server = self._make_server(config, self.service, clock)
         port = await self._server.start(config.listen)
         stack.push_async_callback(self._server.stop, config.drain_s)
         address = f"{config.advertise or _reachable(config.listen)}:{port}"
