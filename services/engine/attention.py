@@ -19,20 +19,21 @@ from transformers import AttentionInterface
 from kvstore.errors import ConfigError
 
 from .live import LiveKV
+from .presses.base import Press
 
 NAME = "concertina"
 
 
 class Tile:
-    """`size` rows of the flat batch from `row` on: prompt tokens of one request, the first at `start` of its cache.
+    """`size` rows of the flat batch from `row` on: `count` prompt tokens of one request, the first at `start` of its cache, and padding.
 
     The views of all layers are cut here, once a step: one call each instead of several in every layer.
     """
 
-    __slots__ = ("kv", "row", "seen", "size", "start", "written")
+    __slots__ = ("count", "kv", "press", "row", "seen", "size", "start", "written")
 
-    def __init__(self, kv: LiveKV, row: int, start: int, size: int) -> None:
-        self.kv, self.row, self.start, self.size = kv, row, start, size
+    def __init__(self, kv: LiveKV, row: int, start: int, size: int, count: int, press: Press | None) -> None:
+        self.kv, self.row, self.start, self.size, self.count, self.press = kv, row, start, size, count, press
         self.seen = _layers(kv, slice(0, start + size))
         self.written = _layers(kv, slice(start, start + size))
 
@@ -40,10 +41,10 @@ class Tile:
 class Token:
     """The next row of the flat batch: the next token of one request, which goes to `at` of its cache."""
 
-    __slots__ = ("at", "seen", "written")
+    __slots__ = ("at", "kv", "press", "seen", "written")
 
-    def __init__(self, kv: LiveKV, at: int) -> None:
-        self.at = at
+    def __init__(self, kv: LiveKV, at: int, press: Press | None) -> None:
+        self.kv, self.at, self.press = kv, at, press
         self.seen = _layers(kv, slice(0, at + 1))
         self.written = _layers(kv, slice(at, at + 1))
 
@@ -128,6 +129,7 @@ def attend(
         if unused.get(what) is not None:
             raise ConfigError(f"{type(module).__name__} needs attention with {what}, which this engine does not have")
     step.layers_seen += 1
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if step.tokens:
         return _attend_tokens(module.layer_idx, step.tokens, query, key, value, scaling, sliding_window), None
     out_NQD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
@@ -149,6 +151,9 @@ def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window
     mask = masks.get(tile, groups, query.dtype, window)
     out = functional.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scaling)
     out_NQD[rows] = out.view(heads * groups, tile.size, -1).transpose(0, 1)
+    if tile.press is not None:
+        q_HGTD = packed.view(heads, groups, tile.size, dim)[:, :, : tile.count]
+        tile.press.see(layer, q_HGTD, tile.kv, tile.start + tile.count, scaling, window)
 
 
 def _attend_tokens(layer, tokens, query, key, value, scaling, window) -> torch.Tensor:
@@ -161,9 +166,14 @@ def _attend_tokens(layer, tokens, query, key, value, scaling, window) -> torch.T
         k_to.copy_(k_new)
         v_to.copy_(v_new)
         k, v = token.seen[layer]
-        if window and token.at >= window:
+        mask = None
+        if window and token.kv.positions_LHT is not None:
+            mask = ~token.kv.hidden(layer, 1, token.at + 1, window)
+        elif window and token.at >= window:
             k, v = k[:, :, token.at + 1 - window :], v[:, :, token.at + 1 - window :]
-        outs.append(functional.scaled_dot_product_attention(q, k, v, scale=scaling))
+        outs.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+        if token.press is not None:
+            token.press.see(layer, q[0, :, :, None], token.kv, token.at + 1, scaling, window)
     out_NQD = torch.cat(outs).view(len(tokens), -1, value.shape[3])
     return functional.pad(out_NQD, (0, 0, 0, 0, 0, rows - len(tokens)))[None]
 

@@ -150,7 +150,7 @@ class Core:
             job = self._jobs[id_]
             job.began = began if job.began is None else job.began
             whole = stop == len(job.spec.tokens)
-            tiles.append(PromptTile(job.kv, start, job.spec.tokens[start:stop], logits=whole))
+            tiles.append(PromptTile(job.kv, start, job.spec.tokens[start:stop], logits=whole, press=job.watcher))
             if whole:
                 finished.append(job)
         logits = self._runner.prefill(tiles)
@@ -164,7 +164,7 @@ class Core:
     def _decode(self, plan: Plan) -> None:
         jobs = [self._jobs[id_] for id_ in plan.decode]
         self._metrics.batch_size.observe(len(jobs))
-        logits = self._runner.decode([NextToken(job.kv, job.output[-1], job.position) for job in jobs])
+        logits = self._runner.decode([NextToken(job.kv, job.output[-1], job.position, job.watcher) for job in jobs])
         for row, job in enumerate(jobs):
             self._next_token(job, logits[row])
 
@@ -194,7 +194,7 @@ class Core:
     def _press(self, job: Job) -> None:
         if job.press is not None and job.kv.length >= job.press.budget:
             # Room for a sixteenth of the budget, so that keeping is paid once in so many tokens.
-            job.kv.keep(job.press.keep(job.kv.length, max(1, job.press.budget // 16)))
+            job.kv.keep(job.press.keep(job.kv, max(1, job.press.budget // 16)))
             job.pressed = True
 
     def _end(self, job: Job, text: str, tokens: list[int], reason: str) -> None:

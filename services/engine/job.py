@@ -66,6 +66,11 @@ class Job:
         return self.prefix.kv
 
     @property
+    def watcher(self) -> Press | None:
+        """The press, where it looks at queries."""
+        return self.press if self.press is not None and self.press.queries else None
+
+    @property
     def position(self) -> int:
         """Position in the sequence of the last token of the answer."""
         return len(self.spec.tokens) + len(self.output) - 1

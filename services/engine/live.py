@@ -6,6 +6,7 @@ Shape suffixes: L layer, H KV head, T token, D head dim, B block.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from kvstore.layout import KVLayout
 
@@ -31,6 +32,7 @@ class LiveKV:
         self.layout, self.block_tokens, self.device = layout, block_tokens, device
         self.limit = -(-limit // block_tokens) * block_tokens
         self.length = 0
+        self.positions_LHT: torch.Tensor | None = None
         self.k_LHTD, self.v_LHTD = self._allocate(min(capacity, self.limit))
 
     @property
@@ -64,13 +66,32 @@ class LiveKV:
 
         return view(self.k_LHTD), view(self.v_LHTD)
 
-    def keep(self, ranges: list[tuple[int, int]]) -> None:
-        """Drop all tokens but those of the ranges [start, stop), in order, into new tensors (readers of the old ones are safe)."""
-        total = sum(stop - start for start, stop in ranges)
-        k, v = self._allocate(max(total, 1))
-        at = 0
-        for start, stop in ranges:
-            span = slice(at, at + stop - start)
-            k[:, :, span], v[:, :, span] = self.k_LHTD[:, :, start:stop], self.v_LHTD[:, :, start:stop]
-            at = span.stop
-        self.k_LHTD, self.v_LHTD, self.length = k, v, total
+    def keep(self, places_LHN: torch.Tensor) -> None:
+        """Drop all tokens but those at these places [L, H, N], ascending, into new tensors (readers of the old ones are safe).
+
+        The heads' tokens differ from then on, so `positions_LHT` says where in the sequence each was.
+        """
+        count = places_LHN.shape[2]
+        before = self.positions_LHT
+        positions = places_LHN if before is None else before[:, :, : self.length].gather(2, places_LHN)
+        index = places_LHN[..., None].expand(-1, -1, -1, self.layout.head_dim)
+        k, v = self._allocate(count)
+        torch.gather(self.k_LHTD, 2, index, out=k[:, :, :count])
+        torch.gather(self.v_LHTD, 2, index, out=v[:, :, :count])
+        self.k_LHTD, self.v_LHTD = k, v
+        self.positions_LHT, self.length = positions.clone(), count
+
+    def appended(self, position: int) -> None:
+        """The token at the last place was at `position` of the sequence; needs no saying before tokens are dropped."""
+        if self.positions_LHT is not None:
+            self.positions_LHT = functional.pad(self.positions_LHT, (0, 1), value=position)
+
+    def hidden(self, layer: int, count: int, stop: int, window: int | None) -> torch.Tensor:
+        """[H or 1, count, stop]: which tokens the last `count` before place `stop` may not attend to, in one layer."""
+        place = torch.arange(stop, device=self.device)
+        query = place[stop - count :, None]
+        hidden = (place > query)[None]
+        if window:
+            at = place[None] if self.positions_LHT is None else self.positions_LHT[layer, :, :stop]
+            hidden = hidden | (at[:, None, :] <= at[:, stop - count :, None] - window)
+        return hidden

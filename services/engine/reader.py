@@ -77,14 +77,14 @@ class StoreReader:
             )
         )  # fmt: skip
 
-    async def read(self, spec: GenerateSpec, kv: LiveKV) -> Prefix:
-        """Fill `kv` with the longest cached prefix that leaves at least the last prompt token to compute."""
+    async def read(self, spec: GenerateSpec, kv: LiveKV, compute: int = 1) -> Prefix:
+        """Fill `kv` with the longest cached prefix that leaves at least the last `compute` prompt tokens to compute."""
         if spec.cache_mode is CacheMode.BYPASS:
             return Prefix(kv)
         name = self.namespace(spec.tenant)
         keys = block_keys(name, spec.tokens, self._block_tokens)
         prefix = Prefix(kv, namespace=name if spec.cache_mode is CacheMode.USE else b"", keys=keys)
-        usable = (len(spec.tokens) - 1) // self._block_tokens
+        usable = max(0, len(spec.tokens) - compute) // self._block_tokens
         if usable and self._rates.worth_fetching():
             budget_s = spec.store_deadline_s if spec.store_deadline_s is not None else self._rates.store_budget_s(len(spec.tokens))
             await self._read_within(spec, prefix, keys[:usable], name, budget_s)

@@ -17,6 +17,7 @@ from kvstore.layout import KVLayout
 
 from .attention import Masks, Step, Tile, Token
 from .live import LiveKV
+from .presses.base import Press
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,14 @@ class Shapes:
 class PromptTile:
     """Up to a tile of one prompt's tokens, the first at position `start`, a multiple of the tile.
 
-    `logits` asks for those of its last token.
+    `logits` asks for those of its last token; `press` is shown the queries.
     """
 
     kv: LiveKV
     start: int
     tokens: Sequence[int]
     logits: bool = False
+    press: Press | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class NextToken:
     kv: LiveKV
     token: int
     position: int
+    press: Press | None = None
 
 
 class Runner:
@@ -87,7 +90,7 @@ class Runner:
             positions += range(part.start, part.start + self.tile)
             part.kv.reserve(part.start + self.tile)
             part.kv.length = part.start + count
-            spans.append(Tile(part.kv, row, part.start, self.tile))
+            spans.append(Tile(part.kv, row, part.start, self.tile, count, part.press))
             if part.logits:
                 wanted.append(row + count - 1)
         return self._forward(ids, positions, wanted, Step(tiles=tuple(spans), masks=self._masks))
@@ -106,7 +109,8 @@ class Runner:
             at = row.kv.length
             row.kv.reserve(at + 1)
             row.kv.length = at + 1
-            tokens.append(Token(row.kv, at))
+            row.kv.appended(row.position)
+            tokens.append(Token(row.kv, at, row.press))
         ids = [row.token for row in rows] + [0] * padding
         positions = [row.position for row in rows] + [0] * padding
         step = Step(tokens=tuple(tokens), masks=self._masks)

@@ -175,6 +175,8 @@ class TransformersEngine(Engine):
         arrived = self._clock.now()
         self._check(spec)
         press = create_press(spec.press, spec.kv_tokens)
+        if press is not None and self._limit(spec) <= press.budget:
+            press = None  # nothing will ever have to go
         limit = self.config.max_batch + self.config.max_queue
         if self._active >= limit:
             raise CapacityError(f"{limit} requests are running or waiting already; try again later")
@@ -186,7 +188,7 @@ class TransformersEngine(Engine):
             async with contextlib.AsyncExitStack() as held:
                 async with _until(spec, self._clock):
                     await held.enter_async_context(self._admission.room(self._blocks(spec)))
-                    prefix = await self._prefix(spec)
+                    prefix = await self._prefix(spec, max(1, press.queries) if press else 1)
                 stream = Stream(asyncio.get_running_loop())
                 self._core.submit(self._job(id_, spec, prefix, stream, press, arrived))
                 reason = ""
@@ -211,10 +213,10 @@ class TransformersEngine(Engine):
             raise InvalidInputError(f"{self._limit(spec)} tokens of prompt and answer are more than this worker's {most}; ask for less")
         return blocks
 
-    async def _prefix(self, spec: GenerateSpec) -> Prefix:
+    async def _prefix(self, spec: GenerateSpec, compute: int) -> Prefix:
         limit = self._limit(spec)
         kv = self._runner.new_kv(min(limit, len(spec.tokens) + ROOM_TOKENS), limit)
-        return await self._reader.read(spec, kv) if self._reader else Prefix(kv)
+        return await self._reader.read(spec, kv, compute) if self._reader else Prefix(kv)
 
     def _job(self, id_: str, spec: GenerateSpec, prefix: Prefix, stream: Stream, press: Any, arrived: float) -> Job:
         seed = spec.sampling.seed

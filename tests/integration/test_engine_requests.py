@@ -137,17 +137,6 @@ async def test_a_step_that_fails_ends_its_requests_and_no_others(model):
         assert len((await answer(engine, spec(prompt(10), 4)))[0]) == 4
 
 
-async def test_a_press_bounds_the_live_cache_and_a_full_budget_is_exact(model):
-    async with running(model) as engine:
-        exact, _ = await answer(engine, spec(prompt(60), 40))
-        full, _ = await answer(engine, spec(prompt(60), 40, press="sliding_window", kv_tokens=100))
-        lengths = []
-        async for _ in engine.generate(spec(prompt(60), 40, press="sliding_window", kv_tokens=32)):
-            lengths += [job.kv.length for job in engine._core._jobs.values()]
-    assert full == exact
-    assert lengths and max(lengths) <= 32
-
-
 async def test_a_store_that_is_away_costs_no_answer(model):
     store = MemoryStore()
     async with running(model, store) as engine:

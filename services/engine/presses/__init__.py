@@ -11,6 +11,10 @@ from .base import Press
 #: Name -> "module:Class", imported on use.
 PRESSES: dict[str, str] = {
     "sliding_window": "services.engine.presses.sliding_window:SlidingWindow",
+    "h2o": "services.engine.presses.h2o:H2o",
+    "snapkv": "services.engine.presses.snapkv:SnapKv",
+    "tova": "services.engine.presses.tova:Tova",
+    "knorm": "services.engine.presses.knorm:KNorm",
 }
 
 

@@ -6,7 +6,11 @@ paper, keys keep the positions that they were computed at.
 
 from __future__ import annotations
 
-from .base import Press
+import torch
+
+from services.engine.live import LiveKV
+
+from .base import MUST_STAY, Press
 
 #: Four are enough for every model of the paper.
 SINK_TOKENS = 4
@@ -16,10 +20,8 @@ class SlidingWindow(Press):
     """Sinks and window."""
 
     name = "sliding_window"
-    min_budget = 2 * SINK_TOKENS
 
-    def keep(self, length: int, room: int) -> list[tuple[int, int]]:
-        recent = max(1, self.budget - room - SINK_TOKENS)
-        if length <= SINK_TOKENS + recent:
-            return [(0, length)]
-        return [(0, SINK_TOKENS), (length - recent, length)]
+    def scores(self, kv: LiveKV) -> torch.Tensor:
+        recency = torch.arange(kv.length, dtype=torch.float32, device=kv.device)
+        recency[:SINK_TOKENS] = MUST_STAY
+        return recency.expand(*kv.k_LHTD.shape[:2], kv.length)
