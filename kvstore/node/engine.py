@@ -11,10 +11,8 @@ bytes were still the block's, `release` ends the lease.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Protocol
 
 from kvstore.arena.pages import AccountingError, Extent, PageAllocator
 from kvstore.block import BlockHeader
@@ -25,41 +23,23 @@ from kvstore.identity import DIGEST_BYTES
 
 from .config import MAX_KEYS, MAX_LEASE_S, MAX_PIN_S, NodeConfig
 from .leases import LeaseTable, PinTable
+from .plans import Found, Reservation, Tally
 from .quality import is_better
 from .status import Status
-from .table import BlockTable, Entry, pages_of
+from .table import BlockTable, Entry, block_id, pages_of
+
+#: Reasons for dropping a block that its owner gave: no tier keeps it. A replaced block has its better one in the arena.
+UNWANTED, REPLACED = ("request", "clear"), "replaced"
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """Pages for one block that is being written; invisible to readers."""
+class Overflow(Protocol):
+    """The tiers behind the arena, as the engine knows them."""
 
-    header: BlockHeader
-    layers: list[tuple[Extent, ...]]
-    request: Request
-    parent: Entry | None
+    def keep(self, entry: Entry) -> None:
+        """`entry` is about to lose bytes to pressure; its pages are its own until this returns."""
 
-    @property
-    def pages(self) -> int:
-        return sum(extent.count for layer in self.layers for extent in layer)
-
-
-class Found(NamedTuple):
-    """A block as one reader saw it: valid while ``entry.generation == generation``."""
-
-    entry: Entry
-    generation: int
-    header: BlockHeader
-    layers: tuple[tuple[Extent, ...], ...]
-
-
-@dataclass(slots=True)
-class Tally:
-    """Events since the start, by label."""
-
-    evictions: Counter[str] = field(default_factory=Counter)
-    demotions: Counter[tuple[int, int]] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
+    def forget(self, id: bytes) -> bool:
+        """Nobody wants the block any more. Returns whether it was there."""
 
 
 class NodeEngine:
@@ -73,6 +53,10 @@ class NodeEngine:
     allocator : PageAllocator
     on_change : callable
         Told each key whose presence or fidelity changed, for the index.
+    overflow : Overflow, optional
+        Takes what the arena loses to pressure.
+
+    A block's id is its key or, where callers have credentials, its key made its owner's own (`table.block_id`). Methods take ids.
     """
 
     def __init__(
@@ -82,6 +66,7 @@ class NodeEngine:
         policy: EvictionPolicy,
         allocator: PageAllocator,
         on_change: Callable[[bytes], None] = lambda key: None,
+        overflow: Overflow | None = None,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -95,6 +80,7 @@ class NodeEngine:
         self.leases = LeaseTable(config.max_leases, int(arena * config.lease_share))
         self.pins = PinTable(int(arena * config.pin_share))
         self._on_change = on_change
+        self._overflow = overflow
         self._writing: dict[bytes, Reservation] = {}
         self._requests = itertools.count(1)
 
@@ -104,8 +90,8 @@ class NodeEngine:
         """A new request for the policy: one for each Put or Get call."""
         return Request(next(self._requests), self.clock.now(), input_tokens)
 
-    def reserve(self, header: BlockHeader, request: Request) -> Reservation | Status:
-        """Take pages for a block, making room if need be.
+    def reserve(self, header: BlockHeader, request: Request, owner: str = "") -> Reservation | Status:
+        """Take pages for a block of `owner`, making room if need be.
 
         Returns
         -------
@@ -114,9 +100,10 @@ class NodeEngine:
             BUSY while the same key is being written or the resident one is held, RESOURCE_EXHAUSTED when no room can be made,
             DATA_LOSS for a block without payload.
         """
-        if header.key in self._writing:
+        id = block_id(owner, header.key)
+        if id in self._writing:
             return Status.BUSY
-        resident = self.table.get(header.key)
+        resident = self.table.get(id)
         if resident is not None:
             if not is_better(header, resident.header):
                 self._touch([resident], request)
@@ -131,7 +118,7 @@ class NodeEngine:
             return self._reject("too_large")
         if self.reserved_pages and self.reserved_pages + total > self.allocator.pages // 2:
             return self._reject("writers")
-        parent = self.table.get(header.parent)
+        parent = self.table.get(block_id(owner, header.parent))
         if parent is not None:
             self._hold(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
         try:
@@ -142,8 +129,8 @@ class NodeEngine:
             if not isinstance(error, CapacityError):
                 raise
             return self._reject("no_room")
-        reservation = Reservation(header, [self.allocator.alloc(count) for count in needs], request, parent)
-        self._writing[header.key] = reservation
+        reservation = Reservation(id, owner, header, [self.allocator.alloc(count) for count in needs], request, parent)
+        self._writing[id] = reservation
         self.changes += 1
         self.reserved_pages += total
         return reservation
@@ -152,14 +139,14 @@ class NodeEngine:
         """Make a written and verified block visible, unless a block as good came to be there in the meantime."""
         self._end_writing(reservation)
         header = reservation.header
-        resident = self.table.get(header.key)
+        resident = self.table.get(reservation.id)
         if resident is not None:
             better = is_better(header, resident.header)
             if resident.holds or not better:
                 self._free(reservation.layers)
                 return Status.BUSY if better else Status.ALREADY_EXISTS
-            self._drop(resident, "replaced")
-        entry = self.table.insert(header, reservation.layers, self.clock.now(), self.config.page_bytes)
+            self._drop(resident, REPLACED)
+        entry = self.table.insert(header, reservation.layers, self.clock.now(), self.config.page_bytes, reservation.owner)
         self.policy.access(reservation.request, [entry.info])
         self._change(header.key)
         return Status.OK
@@ -204,7 +191,7 @@ class NodeEngine:
         """What a Get will send, block by block, and the lease that holds it; both count as a use."""
         entries, lease = self.lookup(keys, self.config.get_hold_s)
         self._touch([e for e in entries if e is not None], request)
-        return [e and _found(e, max_fidelity) for e in entries], lease
+        return [e and Found.of(e, max_fidelity) for e in entries], lease
 
     def intact(self, found: Found) -> bool:
         """Whether bytes copied until now from `found` are the block's."""
@@ -308,7 +295,7 @@ class NodeEngine:
     def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
         page_bytes = self.config.page_bytes
         self.expire()
-        lease, keys = self.leases.grant([(e.key, e.pages * page_bytes) for e in entries], self.clock.now() + lease_s)
+        lease, keys = self.leases.grant([(e.id, e.pages * page_bytes) for e in entries], self.clock.now() + lease_s)
         for entry, _ in zip(entries, keys, strict=False):
             self._hold(entry)
         return lease
@@ -325,29 +312,38 @@ class NodeEngine:
     def _evict(self, key: bytes, reason: str) -> Status:
         entry = self.table.get(key)
         if entry is None:
-            return Status.BUSY if key in self._writing else Status.NOT_FOUND
+            if key in self._writing:
+                return Status.BUSY
+            return Status.OK if self._overflow is not None and self._overflow.forget(key) else Status.NOT_FOUND
         if entry.holds:
             return Status.BUSY
         self._drop(entry, reason)
         return Status.OK
 
     def _drop(self, entry: Entry, reason: str) -> None:
+        if self._overflow is not None:
+            if reason in UNWANTED:
+                self._overflow.forget(entry.id)
+            elif reason != REPLACED:
+                self._overflow.keep(entry)
         self.allocator.free(self.table.remove(entry))
-        self.policy.removed(entry.key)
+        self.policy.removed(entry.id)
         self.tally.evictions[reason] += 1
         self._change(entry.key)
 
     def _demote(self, entry: Entry, rung: int) -> None:
         before, after = entry.header.present, entry.top - rung
+        if self._overflow is not None:
+            self._overflow.keep(entry)
         self.allocator.free(self.table.truncate(entry, after))
-        self.policy.demoted(entry.key, rung)
+        self.policy.demoted(entry.id, rung)
         self.tally.demotions[before, after] += before - after
         self._change(entry.key)
 
     def _end_writing(self, reservation: Reservation) -> None:
-        if self._writing.get(reservation.header.key) is not reservation:
+        if self._writing.get(reservation.id) is not reservation:
             raise AccountingError("a reservation was ended twice")
-        del self._writing[reservation.header.key]
+        del self._writing[reservation.id]
         self.changes += 1
         self.reserved_pages -= reservation.pages
         if reservation.parent is not None:
@@ -360,12 +356,12 @@ class NodeEngine:
     def _hold(self, entry: Entry) -> None:
         entry.holds += 1
         if entry.holds == 1:
-            self.policy.hold(entry.key)
+            self.policy.hold(entry.id)
 
     def _release(self, entry: Entry) -> None:
         entry.holds -= 1
         if entry.holds == 0:
-            self.policy.release(entry.key)
+            self.policy.release(entry.id)
 
     def _release_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:
@@ -373,13 +369,6 @@ class NodeEngine:
             if entry is None:
                 raise AccountingError("a held block is not resident")
             self._release(entry)
-
-
-def _found(entry: Entry, max_fidelity: int) -> Found:
-    header = entry.header
-    if 0 < max_fidelity < header.present:
-        header = header.truncate(max_fidelity)
-    return Found(entry, entry.generation, header, tuple(entry.layers[: header.present]))
 
 
 def check_keys(keys: Sequence[bytes]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kvstore.arena.pages import Extent
 from kvstore.block import BlockHeader, LayerInfo
 from kvstore.eviction.base import BlockInfo
-from kvstore.identity import NO_PARENT
+from kvstore.identity import NO_PARENT, digest
 
 
 def pages_of(size_bytes: int, page_bytes: int) -> int:
@@ -20,15 +20,24 @@ def pages_of(size_bytes: int, page_bytes: int) -> int:
     return -(-size_bytes // page_bytes)
 
 
-def block_info(header: BlockHeader, page_bytes: int) -> BlockInfo:
+def block_id(owner: str, key: bytes) -> bytes:
+    """The name of a block inside a node: its key, or for an owner with a credential a digest of both.
+
+    So two owners may hold blocks of one key without either learning of the other's, and no key that one owner can choose is another's.
+    """
+    return digest(b"concertina-owned-block", owner.encode(), key) if owner else key
+
+
+def block_info(header: BlockHeader, page_bytes: int, owner: str = "") -> BlockInfo:
     """The block as an eviction policy sees it: rung 0 is all that is present now, each further rung one layer less."""
     sizes, losses, total = [], [], 0
     for row in header.rows[: header.present]:
         total += pages_of(row.size_bytes, page_bytes) * page_bytes
         sizes.append(total)
         losses.append(_loss(row, header.rows[header.present - 1]))
-    parent = None if header.parent == NO_PARENT else header.parent
-    return BlockInfo(header.key, parent, header.start // header.tokens, tuple(reversed(sizes)), tuple(reversed(losses)))
+    parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
+    depth = header.start // header.tokens
+    return BlockInfo(block_id(owner, header.key), parent, depth, tuple(reversed(sizes)), tuple(reversed(losses)))
 
 
 def _loss(row: LayerInfo, full: LayerInfo) -> float:
@@ -62,6 +71,8 @@ class Entry:
         Clock seconds.
     info : BlockInfo
         The block as it was stored, for the policy.
+    owner : str
+        Tenant whose credential stored it; empty where credentials are not asked for.
     holds : int
         Leases and pins on it; while there are any it is neither dropped, demoted nor replaced.
     """
@@ -72,6 +83,7 @@ class Entry:
     generation: int
     last_use: float
     info: BlockInfo
+    owner: str = ""
     holds: int = 0
     pages: int = field(init=False)
 
@@ -82,12 +94,38 @@ class Entry:
     def key(self) -> bytes:
         return self.header.key
 
+    @property
+    def id(self) -> bytes:
+        """Its name inside the node, see `block_id`."""
+        return self.info.id  # type: ignore[return-value]
+
+
+class Aliases:
+    """Ids under a key other than the key itself: one for each owner that holds a block of it."""
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, set[bytes]] = {}
+
+    def of(self, key: bytes) -> tuple[bytes, ...]:
+        return tuple(self._ids.get(key, ()))
+
+    def add(self, key: bytes, id: bytes) -> None:
+        if id != key:
+            self._ids.setdefault(key, set()).add(id)
+
+    def discard(self, key: bytes, id: bytes) -> None:
+        ids = self._ids.get(key, set())
+        ids.discard(id)
+        if not ids:
+            self._ids.pop(key, None)
+
 
 class BlockTable:
-    """Entries by key, with the sums that the account and the metrics report."""
+    """Entries by id, with the sums that the account and the metrics report."""
 
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
+        self._aliases = Aliases()
         self._generations = itertools.count(1)
         self.pages = 0
         self.raw_bytes = 0
@@ -100,20 +138,27 @@ class BlockTable:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
-    def get(self, key: bytes) -> Entry | None:
-        return self._entries.get(key)
+    def get(self, id: bytes) -> Entry | None:
+        return self._entries.get(id)
 
-    def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, page_bytes: int) -> Entry:
-        """Add a block whose key is not resident."""
-        entry = Entry(header, layers, header.present, next(self._generations), now, block_info(header, page_bytes))
-        self._entries[header.key] = entry
+    def named(self, key: bytes) -> list[Entry]:
+        """Every entry of this key, whoever owns it."""
+        return [self._entries[id] for id in (key, *self._aliases.of(key)) if id in self._entries]
+
+    def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, page_bytes: int, owner: str = "") -> Entry:
+        """Add a block whose id is not resident."""
+        info = block_info(header, page_bytes, owner)
+        entry = Entry(header, layers, header.present, next(self._generations), now, info, owner)
+        self._entries[entry.id] = entry
+        self._aliases.add(header.key, entry.id)
         self.raw_bytes += header.raw_bytes
         self._count(entry, 1)
         return entry
 
     def remove(self, entry: Entry) -> list[Extent]:
         """Take a block out. Returns its pages, which are the caller's to free."""
-        del self._entries[entry.key]
+        del self._entries[entry.id]
+        self._aliases.discard(entry.key, entry.id)
         self.raw_bytes -= entry.header.raw_bytes
         self._count(entry, -1)
         entry.generation = 0
@@ -130,10 +175,10 @@ class BlockTable:
         self._count(entry, 1)
         return dropped
 
-    def page(self, after: bytes, limit: int) -> list[Entry]:
-        """The `limit` entries with the smallest keys above `after`, in the order of their keys; O(n log limit)."""
-        keys = heapq.nsmallest(limit, (key for key in self._entries if key > after))
-        return [self._entries[key] for key in keys]
+    def page(self, after: bytes, limit: int, owner: str | None = None) -> list[Entry]:
+        """The `limit` entries with the smallest ids above `after`, in their order, of `owner` alone unless it is None; O(n log limit)."""
+        ids = (id for id, entry in self._entries.items() if id > after and owner in (None, entry.owner))
+        return [self._entries[id] for id in heapq.nsmallest(limit, ids)]
 
     def _count(self, entry: Entry, sign: int) -> None:
         header = entry.header

@@ -1,0 +1,55 @@
+"""What the engine hands out: pages to write to, a block as a reader saw it, and counts of what has happened."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvstore.arena.pages import Extent
+from kvstore.block import BlockHeader
+from kvstore.eviction.base import Request
+
+from .table import Entry
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Pages for one block that is being written; invisible to readers."""
+
+    id: bytes
+    owner: str
+    header: BlockHeader
+    layers: list[tuple[Extent, ...]]
+    request: Request
+    parent: Entry | None
+
+    @property
+    def pages(self) -> int:
+        return sum(extent.count for layer in self.layers for extent in layer)
+
+
+class Found(NamedTuple):
+    """A block as one reader saw it: valid while ``entry.generation == generation``."""
+
+    entry: Entry
+    generation: int
+    header: BlockHeader
+    layers: tuple[tuple[Extent, ...], ...]
+
+    @classmethod
+    def of(cls, entry: Entry, max_fidelity: int) -> Found:
+        """`entry` as it is now, with no layer above `max_fidelity` (0 for all)."""
+        header = entry.header
+        if 0 < max_fidelity < header.present:
+            header = header.truncate(max_fidelity)
+        return cls(entry, entry.generation, header, tuple(entry.layers[: header.present]))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Events since the start, by label."""
+
+    evictions: Counter[str] = field(default_factory=Counter)
+    demotions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
