@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("services.cli.status", "show endpoints, nodes and memory of a running system"),
     "generate": ("services.cli.generate", "ask the model of a running system"),
     "blocks": ("services.cli.blocks", "list, pin, evict or clear the blocks of the store"),
+    "plan": ("services.cli.plan", "plan memory: what a model's KV cache takes under each codec"),
     "worker": ("services.cli.worker", "run inference workers in a Ray of their own"),
     "node": ("services.cli.node", "run one store node and join a cluster"),
     "replay": ("services.cli.replay", "replay a request trace through an eviction policy"),
