@@ -30,6 +30,8 @@ from .table import BlockTable, Entry, block_id, pages_of
 
 #: Reasons for dropping a block that its owner gave: no tier keeps it. A replaced block has its better one in the arena.
 UNWANTED, REPLACED = ("request", "clear"), "replaced"
+#: Rows of the index that one Get may have verified because their blocks are not here.
+MAX_ABSENT = 64
 
 
 class Overflow(Protocol):
@@ -191,6 +193,8 @@ class NodeEngine:
         """What a Get will send, block by block, and the lease that holds it; both count as a use."""
         entries, lease = self.lookup(keys, self.config.get_hold_s)
         self._touch([e for e in entries if e is not None], request)
+        for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
+            self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
         return [e and Found.of(e, max_fidelity) for e in entries], lease
 
     def intact(self, found: Found) -> bool:
