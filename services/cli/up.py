@@ -42,13 +42,16 @@ def _say(line: str) -> None:
 def _tell(wanted: plan.Plan, system: record.SystemRecord, args: argparse.Namespace) -> None:
     """How to call it; on stdout."""
     if args.json:
-        print(json.dumps({"name": system.name, "inference": system.inference, "redis": system.redis}), flush=True)
+        answer = {"name": system.name, "inference": system.inference, "http": system.http, "redis": system.redis}
+        print(json.dumps(answer), flush=True)
         return
     name = "" if system.name == record.DEFAULT_NAME else f" --name {system.name}"
     lines = [f"Concertina is up: {wanted.nodes} store node(s) of {format_size(wanted.arena_bytes)}, Redis at {system.redis}."]
     if system.inference:
         lines.append(f"{system.model} answers gRPC (concertina.inference.v1.InferenceService) at {system.inference}:")
         lines.append(f'  concertina generate{name} "Once upon a time"')
+    if system.http:
+        lines.append(f"and OpenAI's clients at {system.http}/v1")
     lines.append(f"  concertina status{name}    |    concertina down{name}")
     print("\n".join(lines), flush=True)
 

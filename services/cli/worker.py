@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR|HUB-NAME", help="model to serve (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--redis", metavar="URL", help="metadata of the store's cluster; without it there is no store")
     parser.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="gRPC address, port 0 for a free one (%(default)s)")
+    parser.add_argument("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="address of OpenAI-compatible HTTP (%(default)s)")
     parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="metrics page of the first replica (%(default)s)")
     parser.add_argument("--codec", default="transform", help="codec that new blocks are written with (%(default)s)")
     parser.add_argument("--profile", metavar="FILE", help="profile for the codec (default: found, or made in the background)")
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_device(args.device)
     check_redis(args.redis)
     host, port = check_listen(args.listen, "--listen")
+    http = "{}:{}".format(*check_listen(args.http, "--http"))
     check_listen(args.metrics, "--metrics")
     if args.workers < 1:
         raise ConfigError(f"--workers must be at least 1, not {args.workers}")
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _serve(args, model, host, port)
+        return _serve(args, model, f"{host}:{port}", http)
     except _Ended:
         return 0
 
@@ -64,32 +66,33 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise _Ended
 
 
-def _serve(args: argparse.Namespace, model: Path, host: str, port: int) -> int:
+def _serve(args: argparse.Namespace, model: Path, grpc: str, http: str) -> int:
     from services.worker.private_ray import private_ray
 
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     gpus = args.workers if args.device == "cuda" else 0
     with private_ray(args.scratch, cpus=args.workers, gpus=gpus, threads=threads):
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
-        address = _start(args, model, host, port)
-        print(json.dumps({"inference": address, "model": model.name, "codec": args.codec, "workers": args.workers, "pid": os.getpid()}))
+        _start(args, model, grpc, http)
+        ready = {"inference": grpc, "http": f"http://{http}", "model": model.name, "codec": args.codec, "workers": args.workers}
+        print(json.dumps(ready | {"pid": os.getpid()}))
         sys.stdout.flush()
         while True:
             signal.pause()
 
 
-def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
-    """Start Serve and the application in the Ray that runs; gives the address once it answers."""
+def _start(args: argparse.Namespace, model: Path, grpc: str, http: str) -> None:
+    """Start Serve and the application in the Ray that runs, and wait until it answers at both addresses (``host:port``)."""
     from ray import serve
 
     from services.worker.app import SERVICER_FUNCTIONS, build
     from services.worker.listen import GrpcListen
     from services.worker.options import WorkerArgs
 
-    address = f"{host}:{port}"
+    (host, port), (http_host, http_port) = (_split(address) for address in (grpc, http))
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": "127.0.0.1", "port": check_listen("127.0.0.1:0", "http")[1]},
+        http_options={"host": http_host, "port": http_port},
         grpc_options=GrpcListen(host=host, port=port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
     )
     application = build(
@@ -102,7 +105,8 @@ def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
             ratio=args.ratio,
             device=args.device,
             replicas=args.workers,
-            address=address,
+            address=grpc,
+            http=f"http://{http}",
             metrics=args.metrics,
             internal_host="127.0.0.1",
             tenants=args.tenants,
@@ -112,8 +116,12 @@ def _start(args: argparse.Namespace, model: Path, host: str, port: int) -> str:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise _cause(str(error)) from error
-    _wait_until_it_answers(address)
-    return address
+    _wait_until_it_answers(grpc)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
 
 
 def _cause(message: str) -> ConcertinaError:

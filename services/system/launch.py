@@ -81,7 +81,8 @@ def finish(plan: Plan, system: SystemRecord, children: list[Child], say: Callabl
     """The second half of `launch`: wait until all `children` are ready and have joined."""
     _wait(children, say)
     workers = _wait_for_members(plan, system.redis)
-    system.codec = next((w.codec for w in workers if w.address == system.inference), plan.codec)
+    mine = next((w for w in workers if w.address == system.inference), None)
+    system.codec, system.http = (mine.codec, mine.http) if mine else (plan.codec, None)
     system.phase = UP
     system.save()
 

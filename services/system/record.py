@@ -51,6 +51,8 @@ class SystemRecord:
         In the order of their start.
     inference : str or None
         ``host:port`` of the workers' gRPC.
+    http : str or None
+        URL of their HTTP.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SystemRecord:
     owner: ProcessRecord | None = None
     processes: list[ProcessRecord] = field(default_factory=list)
     inference: str | None = None
+    http: str | None = None
     redis: str | None = None
     model: str | None = None
     codec: str | None = None
@@ -80,7 +83,7 @@ class SystemRecord:
     @property
     def ports(self) -> set[int]:
         """Ports on this machine that it has or is about to have."""
-        return {int(port) for text in (self.inference, self.redis) if text and (port := _port_of(text))}
+        return {int(port) for text in (self.inference, self.http, self.redis) if text and (port := _port_of(text))}
 
     @property
     def scratch(self) -> Path:

@@ -1,4 +1,5 @@
-"""The Ray Serve application: one actor a GPU, each with one engine, answering `InferenceService` through Serve's gRPC proxy.
+"""The Ray Serve application: one actor a GPU, each with one engine, answering `InferenceService` through Serve's gRPC proxy and OpenAI's
+HTTP through its HTTP proxy.
 
 KubeRay names `services.worker.app:build` as ``import_path`` and gives the fields of `WorkerArgs` as ``args``.
 """
@@ -11,34 +12,36 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.util import get_node_ip_address
+from starlette.requests import Request
+from starlette.responses import Response
 
 from kvstore.clock import SystemClock
-from kvstore.errors import CapacityError, status_name
+from kvstore.errors import CapacityError
 from kvstore.metadata import WorkerRecord, connect
 from kvstore.metrics import Metrics
 from protos.concertina.inference.v1 import inference_pb2 as pb
-from services.engine.base import Delta
 from services.worker import responses
 from services.worker.engines import create_engine, create_keeper
+from services.worker.faults import RETRY_S
 from services.worker.listen import bind_replica
 from services.worker.metrics_page import MetricsPage
+from services.worker.openai.http import OpenAiHttp
 from services.worker.options import WorkerArgs
 from services.worker.presence import Presence
-from services.worker.requests import to_spec
+from services.worker.service import Service
 from services.worker.tenants import Tenants
 
-#: Functions that Serve's proxy imports to learn which methods there are. It adds server reflection by itself.
-SERVICER_FUNCTIONS = (
-    "protos.concertina.inference.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
+#: Function that Serve's proxies import to learn which methods there are.
+SERVICER_FUNCTIONS = ("services.worker.proxy.add_services",)
 #: Share of a core that a replica reserves. The model uses what the machine has; a whole core each would keep replicas from starting.
 REPLICA_CPUS = 0.2
 HEALTH_WATCH_S = 5.0
@@ -49,26 +52,51 @@ log = logging.getLogger(__name__)
 def build(args: WorkerArgs) -> Application:
     """The application of `args` (a dict of the same fields will do)."""
     args = WorkerArgs.model_validate(args)
+    gpus = 1 if args.device == "cuda" else 0
     return Worker.options(
-        num_replicas=args.replicas,
+        **_replicas(args),
         max_ongoing_requests=args.max_requests,
         max_queued_requests=4 * args.max_requests,
-        ray_actor_options={"num_gpus": 1 if args.device == "cuda" else 0, "num_cpus": REPLICA_CPUS},
+        graceful_shutdown_timeout_s=args.drain_s,
+        # A new replica serves before an old one goes; not where it would wait for a GPU that only the old one can give.
+        max_surge_percent=0 if gpus else 100,
+        ray_actor_options={"num_gpus": gpus, "num_cpus": REPLICA_CPUS},
     ).bind(args)
 
 
+def _replicas(args: WorkerArgs) -> dict[str, Any]:
+    """How many replicas: fixed, or as many as the requests that wait and run ask for."""
+    low, high = args.min_replicas or args.replicas, args.max_replicas or args.replicas
+    if low == high:
+        return {"num_replicas": low}
+    target = AutoscalingConfig(
+        min_replicas=low,
+        max_replicas=high,
+        initial_replicas=min(max(args.replicas, low), high),
+        target_ongoing_requests=args.target_requests,
+    )
+    return {"autoscaling_config": target}
+
+
 # A constructor that fails, fails again: what it was told is wrong. Redis and nodes may be away without that.
-@serve.deployment(max_constructor_retry_count=1, graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.5, health_check_period_s=5)
+@serve.deployment(
+    max_constructor_retry_count=1,
+    graceful_shutdown_wait_loop_s=0.5,
+    health_check_period_s=5,
+    request_router_config=RequestRouterConfig(request_router_class="services.worker.router.PrefixRouter"),
+    backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_S["RESOURCE_EXHAUSTED"]),
+)
 class Worker:
     """One replica. Its methods are the RPCs of `InferenceService` and of `grpc.health.v1.Health`, by name."""
 
     async def __init__(self, args: WorkerArgs) -> None:
         if args.internal_host:
             bind_replica(args.internal_host)
-        self._tenants = Tenants.load(args.tenants)
         self._metrics = Metrics()
         self._page = MetricsPage(self._metrics.registry, args.metrics)
         self._engine = create_engine(args, self._metrics)
+        self._service = Service(self._engine, Tenants.load(args.tenants), self._metrics)
+        self._http = OpenAiHttp(self._service)
         self._keeper = create_keeper(args, self._engine)
         self._presence: Presence | None = None
         self._watchers = 0
@@ -89,10 +117,14 @@ class Worker:
         await self._engine.stop()
         self._page.stop()
 
+    async def __call__(self, request: Request) -> Response:
+        """HTTP, in OpenAI's form."""
+        return await self._http.answer(request)
+
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         """Answer in one message."""
         with self._answering(grpc_context):
-            async with contextlib.aclosing(self._deltas(request, grpc_context)) as deltas:
+            async with contextlib.aclosing(self._service.deltas(request, grpc_context.invocation_metadata())) as deltas:
                 return responses.response(request.request_id, await responses.whole(deltas))
 
     async def GenerateStream(
@@ -100,7 +132,8 @@ class Worker:
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """Answer in parts."""
         with self._answering(grpc_context):
-            async with contextlib.aclosing(responses.coalesce(self._deltas(request, grpc_context))) as deltas:
+            parts = responses.coalesce(self._service.deltas(request, grpc_context.invocation_metadata()))
+            async with contextlib.aclosing(parts) as deltas:
                 async for delta in deltas:
                     yield responses.chunk(request.request_id, delta)
 
@@ -109,7 +142,7 @@ class Worker:
     ) -> pb.GetModelInfoResponse:
         """Say what is served."""
         with self._answering(grpc_context):
-            self._tenants.of(grpc_context.invocation_metadata())
+            self._service.tenants.of(grpc_context.invocation_metadata())
             return responses.model_info(self._engine.info)
 
     async def Check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
@@ -131,39 +164,24 @@ class Worker:
             finally:
                 self._watchers -= 1
 
-    async def _deltas(self, request: pb.GenerateRequest, context: RayServegRPCContext) -> AsyncGenerator[Delta, None]:
-        """Check the request and run it. Closing this closes the engine's iterator, which frees the batch slot."""
-        tenant = self._tenants.of(context.invocation_metadata())
-        spec = to_spec(request, self._engine, tenant)
-        async with contextlib.aclosing(self._engine.generate(spec)) as deltas:
-            async for delta in deltas:
-                yield delta
-
     @contextlib.contextmanager
     def _answering(self, context: RayServegRPCContext) -> Iterator[None]:
-        """Count the call by its status, and put an error's status and message on the wire.
-
-        Serve cancels the method when its caller has gone or the caller's deadline has passed; that is no error of ours.
-        """
-        code = "OK"
-        try:
-            yield
-        except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
-            raise
-        except Exception as error:
-            code = status_name(error)
-            context.set_code(grpc.StatusCode[code])
-            context.set_details(str(error) if code != "INTERNAL" else f"{type(error).__name__} in the worker; see its log")
-            raise
-        finally:
-            self._metrics.requests.labels(code=code).inc()
+        """Count the call by its status, and put an error's status and details on the wire."""
+        with self._service.counted():
+            try:
+                yield
+            except Exception as error:
+                code, details = self._service.fault(error)
+                context.set_code(grpc.StatusCode[code])
+                context.set_details(details)
+                raise
 
     def _record(self, args: WorkerArgs) -> WorkerRecord:
         info = self._engine.info
         return WorkerRecord(
             id=f"worker-{SystemClock().rng.getrandbits(32):08x}",
             address=args.address,
+            http=args.http or None,
             metrics=_reachable(self._page.address),
             pid=os.getpid(),
             engine=info.engine,

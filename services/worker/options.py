@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from services.worker.tenants import Tenants
 
@@ -30,9 +30,17 @@ class WorkerArgs(BaseModel):
     device : str
         ``cpu`` or ``cuda``; each replica has one GPU of its own.
     replicas : int
-        Worker actors.
+        Worker actors, at first where their number changes.
+    min_replicas, max_replicas : int or None
+        Bounds between which their number follows the requests; without them it stays.
+    target_requests : float
+        Requests, waiting or running, that one replica should have for their number to stay.
+    drain_s : float
+        Seconds that a replica which is to end has for the requests it works on.
     address : str
-        ``host:port`` that callers use, for the membership.
+        ``host:port`` that callers use for gRPC, for the membership.
+    http : str
+        URL that callers use for HTTP, for the membership.
     metrics : str
         ``host:port`` of the first replica's metrics page; the others, and all with port 0, take a free port on that host.
     internal_host : str or None
@@ -41,7 +49,8 @@ class WorkerArgs(BaseModel):
     tenants : str or None
         File of token digests, see `services.worker.tenants`.
     max_requests : int
-        Requests that one replica works on at a time; more wait in the proxy.
+        Requests that one replica takes from the proxy; more than its engine's batch and queue, so that the engine is what
+        refuses, and knows when to try again. More wait in the proxy, four times as many at most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,11 +63,23 @@ class WorkerArgs(BaseModel):
     ratio: float | None = Field(default=None, gt=1.0, le=1000.0)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda)$")
     replicas: int = Field(default=1, ge=1, le=1024)
+    min_replicas: int | None = Field(default=None, ge=1, le=1024)
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    target_requests: float = Field(default=8.0, gt=0, le=4096)
+    drain_s: float = Field(default=10.0, ge=0, le=3600)
     address: str = ""
+    http: str = ""
     metrics: str = "127.0.0.1:0"
     internal_host: str | None = None
     tenants: str | None = None
-    max_requests: int = Field(default=64, ge=1, le=4096)
+    max_requests: int = Field(default=96, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerArgs:
+        """The bounds of the number of replicas are the right way round."""
+        if (self.min_replicas or self.replicas) > (self.max_replicas or max(self.replicas, self.min_replicas or 1)):
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; swap them")
+        return self
 
     @field_validator("tenants")
     @classmethod

@@ -6,6 +6,7 @@ Everything that can be refused is refused here, before any model work, with a me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kvstore.errors import InvalidInputError
 from protos.concertina.inference.v1 import inference_pb2 as pb
@@ -51,10 +52,12 @@ def to_spec(request: pb.GenerateRequest, engine: Engine, tenant: str) -> Generat
     store = _cache_options(request.cache)
     press, kv_tokens = _kv_budget(request.kv_budget, engine.info)
     tokens = prompt_tokens(request, engine)
+    resumed = tuple(request.resume.ids)
+    _check_ids(resumed, engine.info)
     return GenerateSpec(
         request_id=request.request_id,
-        tokens=tokens,
-        sampling=_sampling(request.sampling, len(tokens), engine.info),
+        tokens=tokens + resumed,
+        sampling=_sampling(request.sampling, len(tokens), len(resumed), engine.info),
         tenant=tenant,
         press=press,
         kv_tokens=kv_tokens,
@@ -83,7 +86,7 @@ def prompt_tokens(request: pb.GenerateRequest, engine: Engine) -> tuple[int, ...
     return tuple(tokens)
 
 
-def _check_ids(tokens: list[int], info: ModelInfo) -> None:
+def _check_ids(tokens: Sequence[int], info: ModelInfo) -> None:
     wrong = next((t for t in tokens if not 0 <= t < info.vocab_size), None)
     if wrong is not None:
         raise InvalidInputError(f"token id {wrong} is not in the vocabulary; ids of {info.model} are 0 to {info.vocab_size - 1}")
@@ -124,7 +127,8 @@ def _check_sampling(sampling: pb.Sampling) -> None:
             raise InvalidInputError(f"each stop string needs 1 to {MAX_STOP_BYTES} bytes, not {len(stop.encode())}")
 
 
-def _sampling(sampling: pb.Sampling, prompt: int, info: ModelInfo) -> SamplingParams:
+def _sampling(sampling: pb.Sampling, prompt: int, resumed: int, info: ModelInfo) -> SamplingParams:
+    """`resumed` tokens of the answer are there already."""
     room = info.context_window - prompt
     wanted = sampling.max_new_tokens if sampling.HasField("max_new_tokens") else min(DEFAULT_NEW_TOKENS, room)
     if wanted > room:
@@ -132,8 +136,10 @@ def _sampling(sampling: pb.Sampling, prompt: int, info: ModelInfo) -> SamplingPa
             f"{prompt} prompt tokens and max_new_tokens {wanted} exceed the context window of {info.context_window}; "
             f"ask for at most {room} or shorten the prompt"
         )
+    if resumed >= wanted:
+        raise InvalidInputError(f"resume holds {resumed} tokens of an answer of at most {wanted}; nothing is left to generate")
     return SamplingParams(
-        max_new_tokens=wanted,
+        max_new_tokens=wanted - resumed,
         temperature=sampling.temperature,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         top_k=sampling.top_k,

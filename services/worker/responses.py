@@ -105,6 +105,36 @@ async def coalesce(deltas: AsyncGenerator[Delta, None], flush_s: float = FLUSH_S
         await asyncio.wait({task})
 
 
+async def together(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Deltas of several answers as they come, each with the number of its stream. An error of one ends all; closing it closes all.
+
+    What waits is bounded by the answers' lengths.
+    """
+    arrived: asyncio.Queue[tuple[int, Delta | asyncio.Task]] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncGenerator[Delta, None]) -> None:
+        async with contextlib.aclosing(stream):
+            async for delta in stream:
+                arrived.put_nowait((number, delta))
+
+    tasks = [asyncio.create_task(pump(n, s)) for n, s in enumerate(streams)]
+    for number, task in enumerate(tasks):
+        task.add_done_callback(lambda done, number=number: arrived.put_nowait((number, done)))
+    try:
+        running = len(tasks)
+        while running:
+            number, item = await arrived.get()
+            if isinstance(item, Delta):
+                yield number, item
+            else:
+                item.result()
+                running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 def _report(message: pb.GenerateChunk | pb.GenerateResponse, delta: Delta) -> None:
     cache, timing = delta.cache, delta.timing
     message.usage.prompt_tokens = delta.prompt_tokens

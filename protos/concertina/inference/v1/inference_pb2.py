@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.protos/concertina/inference/v1/inference.proto\x12\x17\x63oncertina.inference.v1\"\xca\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\x06tokens\x18\x03 \x01(\x0b\x32!.concertina.inference.v1.TokenIdsH\x00\x12\x33\n\x04\x63hat\x18\x04 \x01(\x0b\x32#.concertina.inference.v1.ChatPromptH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.concertina.inference.v1.Sampling\x12\x34\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32%.concertina.inference.v1.CacheOptions\x12\x34\n\tkv_budget\x18\x07 \x01(\x0b\x32!.concertina.inference.v1.KvBudgetB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"D\n\nChatPrompt\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.concertina.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xba\x01\n\x08Sampling\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x08\n\x06_top_pB\x07\n\x05_seed\"m\n\x0c\x43\x61\x63heOptions\x12\x30\n\x04mode\x18\x01 \x01(\x0e\x32\".concertina.inference.v1.CacheMode\x12\x16\n\x0emax_distortion\x18\x02 \x01(\x02\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\")\n\x08KvBudget\x12\r\n\x05press\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xf0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.concertina.inference.v1.Usage\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.concertina.inference.v1.CacheReport\x12/\n\x06timing\x18\x07 \x01(\x0b\x32\x1f.concertina.inference.v1.Timing\"\xed\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.concertina.inference.v1.Usage\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.concertina.inference.v1.CacheReport\x12/\n\x06timing\x18\x07 \x01(\x0b\x32\x1f.concertina.inference.v1.Timing\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"^\n\x0b\x43\x61\x63heReport\x12\x12\n\nblocks_hit\x18\x01 \x01(\r\x12\x10\n\x08\x66idelity\x18\x02 \x01(\r\x12\x12\n\ndistortion\x18\x03 \x01(\x02\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\"v\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tlookup_ms\x18\x02 \x01(\x02\x12\x10\n\x08\x66\x65tch_ms\x18\x03 \x01(\x02\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x02\x12\x10\n\x08total_ms\x18\x06 \x01(\x02\"\x15\n\x13GetModelInfoRequest\"\x8b\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_window\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\r\n\x05\x63odec\x18\x0b \x01(\t\x12\x0f\n\x07presses\x18\x0c \x03(\t\x12\x0e\n\x06\x65ngine\x18\r \x01(\t*l\n\tCacheMode\x12\x1a\n\x16\x43\x41\x43HE_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_MODE_USE\x10\x01\x12\x15\n\x11\x43\x41\x43HE_MODE_BYPASS\x10\x02\x12\x18\n\x14\x43\x41\x43HE_MODE_READ_ONLY\x10\x03\x32\xc6\x02\n\x10InferenceService\x12_\n\x08Generate\x12(.concertina.inference.v1.GenerateRequest\x1a).concertina.inference.v1.GenerateResponse\x12\x64\n\x0eGenerateStream\x12(.concertina.inference.v1.GenerateRequest\x1a&.concertina.inference.v1.GenerateChunk0\x01\x12k\n\x0cGetModelInfo\x12,.concertina.inference.v1.GetModelInfoRequest\x1a-.concertina.inference.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.protos/concertina/inference/v1/inference.proto\x12\x17\x63oncertina.inference.v1\"\xfd\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\x06tokens\x18\x03 \x01(\x0b\x32!.concertina.inference.v1.TokenIdsH\x00\x12\x33\n\x04\x63hat\x18\x04 \x01(\x0b\x32#.concertina.inference.v1.ChatPromptH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.concertina.inference.v1.Sampling\x12\x34\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32%.concertina.inference.v1.CacheOptions\x12\x34\n\tkv_budget\x18\x07 \x01(\x0b\x32!.concertina.inference.v1.KvBudget\x12\x31\n\x06resume\x18\x08 \x01(\x0b\x32!.concertina.inference.v1.TokenIdsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"D\n\nChatPrompt\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.concertina.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xba\x01\n\x08Sampling\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x08\n\x06_top_pB\x07\n\x05_seed\"m\n\x0c\x43\x61\x63heOptions\x12\x30\n\x04mode\x18\x01 \x01(\x0e\x32\".concertina.inference.v1.CacheMode\x12\x16\n\x0emax_distortion\x18\x02 \x01(\x02\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\")\n\x08KvBudget\x12\r\n\x05press\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xf0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.concertina.inference.v1.Usage\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.concertina.inference.v1.CacheReport\x12/\n\x06timing\x18\x07 \x01(\x0b\x32\x1f.concertina.inference.v1.Timing\"\xed\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.concertina.inference.v1.Usage\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.concertina.inference.v1.CacheReport\x12/\n\x06timing\x18\x07 \x01(\x0b\x32\x1f.concertina.inference.v1.Timing\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"^\n\x0b\x43\x61\x63heReport\x12\x12\n\nblocks_hit\x18\x01 \x01(\r\x12\x10\n\x08\x66idelity\x18\x02 \x01(\r\x12\x12\n\ndistortion\x18\x03 \x01(\x02\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\"v\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x11\n\tlookup_ms\x18\x02 \x01(\x02\x12\x10\n\x08\x66\x65tch_ms\x18\x03 \x01(\x02\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x02\x12\x10\n\x08total_ms\x18\x06 \x01(\x02\"\x15\n\x13GetModelInfoRequest\"\x8b\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_window\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\r\n\x05\x63odec\x18\x0b \x01(\t\x12\x0f\n\x07presses\x18\x0c \x03(\t\x12\x0e\n\x06\x65ngine\x18\r \x01(\t*l\n\tCacheMode\x12\x1a\n\x16\x43\x41\x43HE_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_MODE_USE\x10\x01\x12\x15\n\x11\x43\x41\x43HE_MODE_BYPASS\x10\x02\x12\x18\n\x14\x43\x41\x43HE_MODE_READ_ONLY\x10\x03\x32\xc6\x02\n\x10InferenceService\x12_\n\x08Generate\x12(.concertina.inference.v1.GenerateRequest\x1a).concertina.inference.v1.GenerateResponse\x12\x64\n\x0eGenerateStream\x12(.concertina.inference.v1.GenerateRequest\x1a&.concertina.inference.v1.GenerateChunk0\x01\x12k\n\x0cGetModelInfo\x12,.concertina.inference.v1.GetModelInfoRequest\x1a-.concertina.inference.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.concertina.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CACHEMODE']._serialized_start=1966
-  _globals['_CACHEMODE']._serialized_end=2074
+  _globals['_CACHEMODE']._serialized_start=2017
+  _globals['_CACHEMODE']._serialized_end=2125
   _globals['_GENERATEREQUEST']._serialized_start=76
-  _globals['_GENERATEREQUEST']._serialized_end=406
-  _globals['_TOKENIDS']._serialized_start=408
-  _globals['_TOKENIDS']._serialized_end=431
-  _globals['_CHATPROMPT']._serialized_start=433
-  _globals['_CHATPROMPT']._serialized_end=501
-  _globals['_CHATMESSAGE']._serialized_start=503
-  _globals['_CHATMESSAGE']._serialized_end=547
-  _globals['_SAMPLING']._serialized_start=550
-  _globals['_SAMPLING']._serialized_end=736
-  _globals['_CACHEOPTIONS']._serialized_start=738
-  _globals['_CACHEOPTIONS']._serialized_end=847
-  _globals['_KVBUDGET']._serialized_start=849
-  _globals['_KVBUDGET']._serialized_end=890
-  _globals['_GENERATERESPONSE']._serialized_start=893
-  _globals['_GENERATERESPONSE']._serialized_end=1133
-  _globals['_GENERATECHUNK']._serialized_start=1136
-  _globals['_GENERATECHUNK']._serialized_end=1373
-  _globals['_USAGE']._serialized_start=1375
-  _globals['_USAGE']._serialized_end=1455
-  _globals['_CACHEREPORT']._serialized_start=1457
-  _globals['_CACHEREPORT']._serialized_end=1551
-  _globals['_TIMING']._serialized_start=1553
-  _globals['_TIMING']._serialized_end=1671
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1673
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1694
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1697
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1964
-  _globals['_INFERENCESERVICE']._serialized_start=2077
-  _globals['_INFERENCESERVICE']._serialized_end=2403
+  _globals['_GENERATEREQUEST']._serialized_end=457
+  _globals['_TOKENIDS']._serialized_start=459
+  _globals['_TOKENIDS']._serialized_end=482
+  _globals['_CHATPROMPT']._serialized_start=484
+  _globals['_CHATPROMPT']._serialized_end=552
+  _globals['_CHATMESSAGE']._serialized_start=554
+  _globals['_CHATMESSAGE']._serialized_end=598
+  _globals['_SAMPLING']._serialized_start=601
+  _globals['_SAMPLING']._serialized_end=787
+  _globals['_CACHEOPTIONS']._serialized_start=789
+  _globals['_CACHEOPTIONS']._serialized_end=898
+  _globals['_KVBUDGET']._serialized_start=900
+  _globals['_KVBUDGET']._serialized_end=941
+  _globals['_GENERATERESPONSE']._serialized_start=944
+  _globals['_GENERATERESPONSE']._serialized_end=1184
+  _globals['_GENERATECHUNK']._serialized_start=1187
+  _globals['_GENERATECHUNK']._serialized_end=1424
+  _globals['_USAGE']._serialized_start=1426
+  _globals['_USAGE']._serialized_end=1506
+  _globals['_CACHEREPORT']._serialized_start=1508
+  _globals['_CACHEREPORT']._serialized_end=1602
+  _globals['_TIMING']._serialized_start=1604
+  _globals['_TIMING']._serialized_end=1722
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1724
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1745
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1748
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2015
+  _globals['_INFERENCESERVICE']._serialized_start=2128
+  _globals['_INFERENCESERVICE']._serialized_end=2454
 # @@protoc_insertion_point(module_scope)
