@@ -1,13 +1,16 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test lint protos lock image
+.PHONY: help setup model demo up down test sim lint protos lock image
 
 PYTHON ?= python3
 MODEL ?=
 NODES ?= 2
 WORKERS ?= 1
 TESTS ?=
+N ?= 1000
+SEED ?= 1
+JOBS ?= 1
 IMAGE ?= concertina:dev
 
 BIN := .venv/bin
@@ -19,7 +22,7 @@ STAMP := .venv/.setup-$(shell { cat $(SETUP_FILES); echo "$(CURDIR)"; } | cksum 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, IMAGE=$(IMAGE)"
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), IMAGE=$(IMAGE)"
 
 setup: $(STAMP) model ## make .venv from the lock and fetch the default model (once; then it takes a moment)
 
@@ -48,6 +51,9 @@ down: ## end what `make up` started
 
 test: setup ## all tests that need no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
+
+sim: setup ## simulate N clusters on virtual time, seeds SEED and up, in JOBS processes; what fails is replayed by `make test` for ever
+	$(BIN)/python -m tests.sim --n $(N) --seed $(SEED) --jobs $(JOBS)
 
 lint: setup ## ruff, import layers, buf, sizes of files and functions, generated protos up to date
 	$(BIN)/ruff check .
