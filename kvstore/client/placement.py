@@ -1,48 +1,61 @@
-"""Which node gets a new block: its parent's, for a run of blocks; the emptiest by share where a run begins.
+"""Which node gets new blocks: one where the least value has to leave for them, by the nodes' own reports.
 
-Nodes of any size fill alike, a long chain is read from several nodes at once, and the loss of a node cuts a chain at the end of a run
-rather than at its first or second block.
+The choice is `kvstore.eviction.cluster.Placer`'s, the object that the replay proves; here it is fed with the membership. New blocks of
+one request stay together. A node that has just joined has room, costs nothing, and so takes what is new until its bytes are worth as
+much as anyone's; blocks of a node that left are placed anew when they have been computed again. Nothing is moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from kvstore.eviction.cluster import Placer, Pressure
 from kvstore.metadata import NodeRecord
-
-#: Blocks of a chain that stay together: 1,024 tokens at 64 a block.
-RUN_BLOCKS = 16
 
 
 class Placement:
-    """Chooses by the fill that a node last reported plus what was sent there since. Deterministic; no I/O."""
+    """Chooses by each node's last report, less what was sent there since. Deterministic; no I/O.
 
-    def __init__(self) -> None:
-        self._nodes: dict[str, NodeRecord] = {}
-        self._sent: dict[str, int] = {}
+    Parameters
+    ----------
+    host : str
+        Identity of the writer's machine; where just one node of several is on it, that one is preferred at an equal price.
+    """
+
+    def __init__(self, host: str = "") -> None:
+        self._host = host
+        self._placer = Placer()
+        self._reports: dict[str, tuple[NodeRecord, Pressure]] = {}
 
     def update(self, nodes: Iterable[NodeRecord]) -> None:
-        """Take the nodes as they are known now; a new report forgets what was sent before it."""
-        before, self._nodes = self._nodes, {record.incarnation: record for record in nodes}
-        self._sent = {i: self._sent.get(i, 0) if before.get(i) == record else 0 for i, record in self._nodes.items()}
+        """Take the nodes as they are known now; a new record of a node forgets what was sent to it before."""
+        before, self._reports = self._reports, {}
+        near = []
+        for record in nodes:
+            known = before.get(record.incarnation)
+            self._reports[record.incarnation] = known if known is not None and known[0] == record else (record, _report(record))
+            if record.host and record.host == self._host:
+                near.append(record.incarnation)
+        self._placer.home = near[0] if len(near) == 1 and len(self._reports) > 1 else None
+        self._placer.update({incarnation: report for incarnation, (_, report) in self._reports.items()})
 
-    def choose(self, size_bytes: int, depth: int, parent: str | None) -> str:
-        """The incarnation that a block of `size_bytes` should go to. At least one node must be known.
+    def choose(self, keys: Sequence[bytes], size_bytes: int, parent: str | None = None, before: bytes | None = None) -> str:
+        """The incarnation that a run of blocks, together `size_bytes`, should go to. At least one node must be known.
 
         Parameters
         ----------
-        size_bytes : int
-        depth : int
-            Number of ancestors in its chain.
         parent : str or None
-            Incarnation of the node that has its parent; None when not known.
+            Incarnation of the node that has the parent of the first block; None when the index does not know.
+        before : bytes, optional
+            Key of that parent: where it was sent a moment ago, the index may not know yet.
         """
-        follows = parent in self._nodes and depth % RUN_BLOCKS
-        chosen = parent if follows else min(self._nodes, key=lambda i: (self._fill(i, size_bytes), i))
-        self._sent[chosen] += size_bytes
+        if parent is None and before is not None:
+            parent = self._placer.last_place(before)
+        chosen = self._placer.choose(keys, size_bytes, parent)
+        if chosen is None:
+            raise LookupError("no node is known to place blocks on")
         return chosen
 
-    def _fill(self, incarnation: str, size_bytes: int) -> float:
-        """Share of the arena in use once the block is there. Above 1 the node evicts; then what was sent decides."""
-        record = self._nodes[incarnation]
-        return (record.used_bytes + self._sent[incarnation] + size_bytes) / max(1, record.arena_bytes)
+
+def _report(record: NodeRecord) -> Pressure:
+    return Pressure.from_text(record.pressure, max(record.arena_bytes - record.used_bytes, 0), record.arena_bytes)

@@ -185,15 +185,19 @@ class Publisher:
         """A node for each block that no living node holds as good; a worse copy is replaced where it is."""
         self._placement.update(nodes.values())
         homes = {key: place.incarnation for key, places in found.items() for place in places if place.incarnation in nodes}
+        new: list[_Item] = []
         for item in batch:
             header = item.block.header
             held = [place for place in found[header.key] if place.incarnation in nodes]
             if not held:
-                home = self._placement.choose(item.size_bytes, header.start // header.tokens, homes.get(header.parent))
-                homes[header.key] = home
-                yield nodes[home], item
+                new.append(item)
             elif all(place.fidelity < header.present for place in held):
                 yield nodes[held[0].incarnation], item
+        for run in _runs(new):
+            first = run[0].block.header
+            size = sum(item.size_bytes for item in run)
+            home = self._placement.choose([item.block.header.key for item in run], size, homes.get(first.parent), first.parent)
+            yield from ((nodes[home], item) for item in run)
 
     async def _send(self, placed: list[tuple[NodeRecord, _Item]]) -> list[_Item]:
         """One Put stream to each node, side by side. Returns what a failing node did not take."""
@@ -217,3 +221,15 @@ class Publisher:
             if status == pb.BLOCK_STATUS_DATA_LOSS:
                 self._corrupt.labels("publish").inc()
         return []
+
+
+def _runs(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Consecutive blocks of one request and chain."""
+    run: list[_Item] = []
+    for item in items:
+        if run and (item.block.header.parent != run[-1].block.header.key or item.input_tokens != run[-1].input_tokens):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run

@@ -112,6 +112,14 @@ class EvictionPolicy(ABC):
     def promoted(self, id: BlockId) -> None:
         """The block was written again in full and stands at rung 0."""
 
+    def worth(self, request: Request, block: BlockInfo) -> float:
+        """Value per byte of the block's next step if the request inserted it now, on the scale of `census`.
+
+        What is worth less than the cluster's waterline would be the next to leave and need not be written. A policy that has no value
+        for its blocks wants them all.
+        """
+        return float("inf")
+
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
         """Value per byte of the next step, and bytes in units of a block's full size, for each resident block (or a sample).
 

@@ -8,6 +8,7 @@ what it has placed since (`Pressure.take`), else all would choose the same node 
 
 from __future__ import annotations
 
+import base64
 import math
 import struct
 from collections import OrderedDict
@@ -31,6 +32,8 @@ def bin_of(value: float) -> int:
     """Bin of a value; everything below the scale is in the first one, above it in the last."""
     if value <= 0.0:
         return 0
+    if value == math.inf:
+        return BINS - 1
     return min(max(math.ceil((math.log2(value) - _LOWEST_OCTAVE) * _PER_OCTAVE), 0), BINS - 1)
 
 
@@ -71,17 +74,24 @@ class Pressure:
             bins = np.ceil((np.log2(np.maximum(values, 0.0)) - _LOWEST_OCTAVE) * _PER_OCTAVE)
         bins = np.clip(bins, 0, BINS - 1).astype(np.int64)
         share = np.bincount(bins, sizes, BINS)
-        scale = used_bytes / share.sum() if share.sum() else 0.0
+        if not share.any():
+            share[0] = 1.0  # a policy that has no value for its blocks
+        scale = used_bytes / share.sum()
         return cls(free_bytes, total_bytes, (share * scale).astype(np.int64).tolist())
 
-    def cheapest(self) -> tuple[float, int]:
-        """Value of the bytes that leave next, 0.0 while there is room, and how many there are of that value."""
-        if self.free_bytes > 0:
-            return 0.0, self.free_bytes
+    def price(self, size_bytes: int) -> float:
+        """Mean value of the bytes that would leave for `size_bytes` more, free ones at 0; infinite where there are not so many."""
+        left, lost = size_bytes - self.free_bytes, 0.0
         for number, size in enumerate(self.bytes_by_value):
-            if size > 0:
-                return value_of(number), size
-        return math.inf, 0
+            if left <= 0:
+                break
+            lost += min(left, size) * value_of(number)
+            left -= size
+        return math.inf if left > 0 else lost / max(size_bytes, 1)
+
+    def cheapest_bytes(self) -> int:
+        """Bytes that are free, or else as cheap as the cheapest."""
+        return self.free_bytes or next((size for size in self.bytes_by_value if size > 0), 0)
 
     def take(self, size_bytes: int) -> None:
         """Debit `size_bytes` that were placed on the node since its report: free bytes first, then the cheapest."""
@@ -124,9 +134,26 @@ class Pressure:
             raise InvalidInputError(f"not a pressure report: {error}") from error
         return cls(free_bytes, total_bytes, by_value)
 
+    def to_text(self) -> str:
+        """`to_bytes` in base64, at most 1,600 characters."""
+        return base64.b64encode(self.to_bytes()).decode()
 
-def waterline(reports: Sequence[Pressure], needed_bytes: int) -> float:
-    """The value below which bytes anywhere leave first when `needed_bytes` are to come; 0.0 while there is room for them."""
+    @classmethod
+    def from_text(cls, text: str, free_bytes: int, total_bytes: int) -> Pressure:
+        """What `to_text` wrote; of a node that gave no report that can be read: the room that it has, and all that it holds is precious."""
+        try:
+            return cls.from_bytes(base64.b64decode(text, validate=True))
+        except (ValueError, InvalidInputError):
+            return cls(free_bytes, total_bytes, [0] * (BINS - 1) + [total_bytes - free_bytes])
+
+
+def waterline(reports: Sequence[Pressure], needed_bytes: int | None = None) -> float:
+    """The value below which bytes anywhere leave first when `needed_bytes` are to come; 0.0 while there is room for them.
+
+    Left out, it is a 64th of all arenas: about what comes between two reports, and more than the scraps that full nodes have free.
+    """
+    if needed_bytes is None:
+        needed_bytes = sum(report.total_bytes for report in reports) // 64 + 1
     missing = needed_bytes - sum(report.free_bytes for report in reports)
     if missing <= 0:
         return 0.0
@@ -137,12 +164,20 @@ def waterline(reports: Sequence[Pressure], needed_bytes: int) -> float:
     return math.inf
 
 
+def is_admitted(worth: float, line: float) -> bool:
+    """Whether a block of this value (`EvictionPolicy.worth`) may be written while the waterline is at `line`.
+
+    Values are told apart as finely as reports tell them: a block that is worth as much as what leaves next is written.
+    """
+    return bin_of(worth) >= bin_of(line)
+
+
 class Placer:
     """Chooses the node for new blocks: where bytes are worth least, by the last reports and what was placed since.
 
     A node that knows a block already learns more from its return than one that has never seen it, and a chain that is cut into
-    pieces is lost below every cut. So a run of blocks goes to the first of these nodes whose cheapest bytes are worth at most so many
-    times the least: the one that had it before, the one that holds its parent, the one on the writer's host; else to the least.
+    pieces is lost below every cut. So a run of blocks goes to the first of these nodes where what leaves for it is worth at most so
+    many times the least: the one that had it before, the one that holds its parent, the one on the writer's host; else to the least.
 
     Parameters
     ----------
@@ -160,12 +195,22 @@ class Placer:
         self.home = home
         self.tolerance = tolerance
         self.remember_blocks = remember_blocks
+        self._told: dict[str, Pressure] = {}
         self._reports: dict[str, Pressure] = {}
         self._before: OrderedDict[BlockId, str] = OrderedDict()
 
     def update(self, reports: Mapping[str, Pressure]) -> None:
-        """Take the newest report of every living node; what was debited before is void."""
-        self._reports = {node: report.copy() for node, report in reports.items()}
+        """Take the newest report of every living node; what was debited from an older report of a node is void."""
+        for node in self._told.keys() - reports.keys():
+            del self._reports[node]
+        for node, report in reports.items():
+            if self._told.get(node) is not report:
+                self._reports[node] = report.copy()
+        self._told = dict(reports)
+
+    def last_place(self, id: BlockId) -> str | None:
+        """The node that a block was last placed on, None if that is not remembered."""
+        return self._before.get(id)
 
     def choose(self, ids: Sequence[BlockId], size_bytes: int, parent: str | None = None) -> str | None:
         """Node for the run of blocks `ids` of together `size_bytes`, None where no node is known.
@@ -177,11 +222,11 @@ class Placer:
         """
         if not self._reports:
             return None
-        cheapest = {node: report.cheapest() for node, report in self._reports.items()}
-        chosen = min(cheapest, key=lambda node: (cheapest[node][0], -cheapest[node][1], node))
-        least = cheapest[chosen][0]
+        prices = {node: report.price(size_bytes) for node, report in self._reports.items()}
+        chosen = min(prices, key=lambda node: (prices[node], -self._reports[node].cheapest_bytes(), node))
+        least = prices[chosen]
         for node, tolerance in zip((self._before.get(ids[0]), parent, self.home), self.tolerance, strict=True):
-            if node in cheapest and cheapest[node][0] <= least * tolerance:
+            if node in prices and prices[node] <= least * tolerance:
                 chosen = node
                 break
         self._reports[chosen].take(size_bytes)

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import ConfigError
 from . import create
 from .base import BlockInfo, EvictionPolicy, Request
-from .cluster import Placer, Pressure
+from .cluster import Placer, Pressure, is_admitted, waterline
 from .replay import Ladder, Outcome, Progress, count_hit, take_one
 from .trace import Trace
 
@@ -61,6 +61,7 @@ class _Node:
     used: int = 0
     sessions_tokens: int = 0
     placed: int = 0
+    rejected: int = 0
     outcome: Outcome = field(default_factory=lambda: Outcome("", "", 0))
 
     def report(self, now: float) -> Pressure:
@@ -73,6 +74,7 @@ class _Node:
             "used_blocks": self.used / full,
             "home_tokens": self.sessions_tokens,
             "placed_blocks": self.placed,
+            "rejected_blocks": self.rejected,
             "evictions": self.outcome.evictions,
             "demotions": self.outcome.demotions,
         }
@@ -136,10 +138,12 @@ class _Cluster:
             if self.nodes[-1].policy.sees_future:
                 raise ConfigError(f"policy {policy} sees the future of one store; choose another for a cluster")
         self.placers = [Placer(node.name) for node in self.nodes]
+        self.waterline = 0.0
 
     def report(self, now: float) -> None:
         """All nodes publish their pressure and what they learnt, and hear of each other."""
         reports = {node.name: node.report(now) for node in self.nodes}
+        self.waterline = waterline(list(reports.values()))
         for placer in self.placers:
             placer.update(reports)
         lessons = [node.policy.lessons() for node in self.nodes]
@@ -152,28 +156,45 @@ class _Cluster:
         blocks = request.blocks
         count_hit(self.outcome, self.standing, blocks, request.input_tokens, self.ladder.quality)
         self.nodes[home].sessions_tokens += request.input_tokens
+        asked = Request(seq, request.now, request.input_tokens)
         missing = [block for block in blocks if not self.standing[block]]
-        if missing:
-            self._place(missing, home)
+        unwanted = self._place(asked, missing, home) if missing else []
         parts: dict[int, list[BlockInfo]] = defaultdict(list)
         for block in blocks:
             parts[self.at[block]].append(self.infos[block])
         for number, part in parts.items():
             node = self.nodes[number]
-            node.policy.access(Request(seq, request.now, request.input_tokens), part)
+            node.policy.access(asked, part)
+        for block in reversed(unwanted):
+            node = self.nodes[self.at[block]]
+            node.policy.removed(block)
+            node.used -= self.ladder.sizes[0]
+            node.rejected += 1
+            self.standing[block] = 0
+        for number in parts:
+            node = self.nodes[number]
             while node.used > node.capacity:
                 node.used -= take_one(node.outcome, node.policy, self.standing, self.ladder.sizes, request.now)
 
-    def _place(self, missing: list[int], home: int) -> None:
-        """Put the new blocks of one request onto one node."""
+    def _place(self, request: Request, missing: list[int], home: int) -> list[int]:
+        """Put the new blocks of one request onto one node. Answers those that it does not admit: from the first on that is not worth it."""
         size, parent = self.ladder.sizes[0] * len(missing), self.trace.parents[missing[0]]
         near = str(self.at[parent]) if parent >= 0 and self.standing[parent] else None
         chosen = int(self.placers[home].choose(missing, size, near))
-        self.nodes[chosen].placed += len(missing)
-        self.nodes[chosen].used += size
+        node = self.nodes[chosen]
+        node.placed += len(missing)
+        node.used += size
         for block in missing:
             self.standing[block] = 1
             self.at[block] = chosen
+        victim = node.policy.victim(request.now)
+        if node.used <= node.capacity or victim is None:
+            return []
+        line = min(self.waterline, victim.value)
+        for number, block in enumerate(missing):
+            if not is_admitted(node.policy.worth(request, self.infos[block]), line):
+                return missing[number:]
+        return []
 
 
 def _homes(trace: Trace, skew: Skew) -> Iterator[int]:

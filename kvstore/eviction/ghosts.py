@@ -50,10 +50,7 @@ class Ghosts:
 
     def take(self, id: BlockId) -> tuple[int, float] | None:
         """State and time of a block that came back, which is a ghost no more; None for one that is not remembered."""
-        hashed = hash(id)
-        at, hashes, following = self._heads[hashed & (len(self._heads) - 1)], self._hash, self._next
-        while at >= 0 and hashes[at] != hashed:
-            at = following[at]
+        at = self._locate(hash(id))
         if at < 0:
             return None
         found = (self._state[at], self._time[at] + (self._origin or 0.0))
@@ -62,12 +59,23 @@ class Ghosts:
         self.count -= 1
         return found
 
+    def find(self, id: BlockId) -> tuple[int, float] | None:
+        """What `take` would answer; the ghost stays."""
+        at = self._locate(hash(id))
+        return None if at < 0 else (self._state[at], self._time[at] + (self._origin or 0.0))
+
     def arrays(self, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
         """State and time of all ghosts, or of an even sample when there are more than `limit`; copied."""
         every = 1 + self.count // limit
         state, time = np.array(self._state[::every]), np.array(self._time[::every], dtype=np.float64)
         here = state != _EMPTY
         return state[here], time[here] + (self._origin or 0.0)
+
+    def _locate(self, hashed: int) -> int:
+        at, hashes, following = self._heads[hashed & (len(self._heads) - 1)], self._hash, self._next
+        while at >= 0 and hashes[at] != hashed:
+            at = following[at]
+        return at
 
     def _clear(self, size: int) -> None:
         self._hash = array("q", [0]) * size

@@ -71,6 +71,10 @@ class StepTable:
             self._exact[sizes, losses] = found
         return found
 
+    def first(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> Step:
+        """The next step of a whole block with this ladder."""
+        return self.rows[self.number(sizes, losses)][0]
+
     def _new(self, rounded: tuple[tuple[int, ...], ...], row: tuple[Step, ...]) -> int:
         if len(self.rows) >= self.limit:
             same = [n for n, other in enumerate(self.rows) if len(other) == len(row)]

@@ -20,11 +20,13 @@ from .base import BlockId, BlockInfo, EvictionPolicy, Request, Victim
 from .candidates import Candidates
 from .ghosts import Ghosts
 from .reuse import EDGES_S, ReuseModel
-from .table import BlockTable
+from .table import NONE, BlockTable
 
 _PARTIAL = 48
 #: Group of like classes, by class: how often used, and the partial tails.
 _GROUPS = [cls // 12 for cls in range(_PARTIAL)] + [4]
+#: First class of a block's number of uses.
+_OF_USES = bytes(0 if uses < 2 else 12 if uses == 2 else 24 if uses < 5 else 36 for uses in range(256))
 #: A block that ever had this many children is a shared root: what follows it is a new conversation.
 _SHARED_CHILDREN = 4
 _RUNGS = 16
@@ -67,15 +69,22 @@ class ValuePolicy(EvictionPolicy):
         self._ghosts = Ghosts(self.config.ghosts_per_block)
         self._candidates = Candidates(self._price, self._used_at)
         self._requests = self._touched = 0
+        self._seq: int | None = None
+        self._request_turn = 0
         self._now = 0.0
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         self._now = now = max(request.now, self._now)
+        if request.seq != self._seq:
+            self._seq, self._request_turn = request.seq, 0
+            self._requests += 1
+        if not blocks:
+            return
         slots, known = self._enter(blocks, now)
-        turn = self._next_turn(slots, known)
+        before = slots[known - 1] if known else self.table.parent[slots[0]]
+        turn = self._request_turn = self._next_turn(before, bool(known))
         self._mark_new(slots, known, turn)
         self._classify(request, blocks, slots, turn, now)
-        self._requests += 1
         self._touched += len(blocks)
         if self._requests >= self.config.learn_requests and self._touched >= 8 * self.config.learn_requests:
             self._learn(now)
@@ -86,6 +95,14 @@ class ValuePolicy(EvictionPolicy):
             return None
         value, slot = found
         return Victim(self.table.ids[slot], self.table.step(slot).rung, value)
+
+    def worth(self, request: Request, block: BlockInfo) -> float:
+        ghost = self._ghosts.find(block.id)
+        count = 1 if ghost is None else min((ghost[0] >> 8 & 0xFF) + 1, 255)
+        parent = NONE if block.parent is None else self.table.find(block.parent)
+        turn = self._request_turn if request.seq == self._seq and self._request_turn else self._next_turn(parent, True)
+        cls = _PARTIAL if count == 1 and block.partial else _base_class(turn, request.input_tokens) + _OF_USES[count]
+        return self.model.values[cls][0] * self.table.steps.first(block.sizes, block.losses).loss
 
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
         slots = self.table.resident_slots()
@@ -171,10 +188,17 @@ class ValuePolicy(EvictionPolicy):
             column.extend(bytes(missing))
         self._candidates.reserve(self.table.slots)
 
-    def _next_turn(self, slots: list[int], known: int) -> int:
-        if not known or self._fan[slots[known - 1]] >= _SHARED_CHILDREN:
+    def _next_turn(self, before: int, known: bool) -> int:
+        """The turn of the request, from the slot of the last block before its new ones, -1 for none.
+
+        A request may come in several parts. If a part begins with new blocks (`known` is False) and the request's turn stands already,
+        the block before may be one that the request itself has just inserted, and the turn is not counted again.
+        """
+        if not known and self._request_turn:
+            return self._request_turn
+        if before < 0 or not self.table.resident[before] or self._fan[before] >= _SHARED_CHILDREN:
             return 1
-        return min(self._turn[slots[known - 1]] + 1, 255)
+        return min(self._turn[before] + 1, 255)
 
     def _mark_new(self, slots: list[int], known: int, turn: int) -> None:
         for slot in slots[known:]:
@@ -184,18 +208,13 @@ class ValuePolicy(EvictionPolicy):
                 self._fan[parent] += 1
 
     def _classify(self, request: Request, blocks: Sequence[BlockInfo], slots: list[int], turn: int, now: float) -> None:
-        tokens = request.input_tokens
-        turns = 0 if turn == 1 else 1 if turn == 2 else 2 if turn < 6 else 3
-        length = 0 if tokens < 2048 else 1 if tokens < 8192 else 2
-        base = 3 * turns + length
+        base = _base_class(turn, request.input_tokens)
         uses, classes, used_at = self._uses, self._class, self._used_at
         for index in range(len(slots) - 1, -1, -1):
             slot = slots[index]
             count = uses[slot] + 1
-            uses[slot] = count if count < 255 else 255
-            classes[slot] = base + (0 if count == 1 else 12 if count == 2 else 24 if count < 5 else 36)
-            if count == 1 and blocks[index].partial:
-                classes[slot] = _PARTIAL
+            uses[slot] = count = count if count < 255 else 255
+            classes[slot] = _PARTIAL if count == 1 and blocks[index].partial else base + _OF_USES[count]
             used_at[slot] = now
             self._offer(slot)
 
@@ -238,3 +257,9 @@ class ValuePolicy(EvictionPolicy):
                 age = np.searchsorted(EDGES_S, np.maximum(now - used_at, 0.0), side="right") - 1
                 waiting += np.bincount(cls.astype(np.int64) * shape[1] + age, minlength=len(waiting)) * (count / len(cls))
         return waiting.reshape(shape)
+
+
+def _base_class(turn: int, input_tokens: int) -> int:
+    """Class of a block used once, by the turn and the prompt's length."""
+    turns = 0 if turn == 1 else 1 if turn == 2 else 2 if turn < 6 else 3
+    return 3 * turns + (0 if input_tokens < 2048 else 1 if input_tokens < 8192 else 2)

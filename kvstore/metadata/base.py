@@ -74,6 +74,10 @@ class NodeRecord(_Record):
         Identity of the machine; readers on the same one may copy from shared memory.
     started : float
         Seconds since the epoch.
+    pressure : str
+        `kvstore.eviction.cluster.Pressure` as text: the node's bytes by value.
+    usage : str
+        JSON object: bytes held by each tenant or namespace that has a quota.
     """
 
     id: str
@@ -87,6 +91,8 @@ class NodeRecord(_Record):
     blocks: int = 0
     host: str = ""
     started: float = 0.0
+    pressure: str = ""
+    usage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +199,11 @@ class Metadata(ABC):
         """The living workers, by id."""
 
     @abstractmethod
-    async def set_value(self, name: str, value: bytes) -> None:
-        """Remember a small named value, such as the digest of a model's profile. Raises InvalidInputError above MAX_VALUE_BYTES."""
+    async def set_value(self, name: str, value: bytes, ttl_s: float | None = None) -> None:
+        """Remember a small named value, such as the digest of a model's profile, for `ttl_s` seconds where given.
+
+        Raises InvalidInputError above MAX_VALUE_BYTES.
+        """
 
     @abstractmethod
     async def get_value(self, name: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ class InprocState:
     holders: dict[bytes, dict[str, Location]] = field(default_factory=dict)
     nodes: dict[str, tuple[float, NodeRecord]] = field(default_factory=dict)
     workers: dict[str, tuple[float, WorkerRecord]] = field(default_factory=dict)
-    values: dict[str, bytes] = field(default_factory=dict)
+    values: dict[str, tuple[float, bytes]] = field(default_factory=dict)
     away: bool = False
     slow: bool = False
 
@@ -115,12 +116,13 @@ class InprocMetadata(Metadata):
             del table[name]
         return [record for _, record in table.values()]
 
-    async def set_value(self, name: str, value: bytes) -> None:
+    async def set_value(self, name: str, value: bytes, ttl_s: float | None = None) -> None:
         check_value(name, value)
-        self._reach().values[name] = bytes(value)
+        self._reach().values[name] = (math.inf if ttl_s is None else self.clock.now() + ttl_s, bytes(value))
 
     async def get_value(self, name: str) -> bytes | None:
-        return self._reach().values.get(name)
+        until, value = self._reach().values.get(name, (math.inf, None))
+        return value if until > self.clock.now() else None
 
     async def close(self) -> None:
         """Nothing to give back."""

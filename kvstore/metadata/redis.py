@@ -238,10 +238,11 @@ class RedisMetadata(Metadata):
         members, keys = self._key(group), [self._key(kind, i) for i in ids]
         await self._run([(members, pack("SREM", members, *ids)), *((k, pack("DEL", k)) for k in keys)])
 
-    async def set_value(self, name: str, value: bytes) -> None:
+    async def set_value(self, name: str, value: bytes, ttl_s: float | None = None) -> None:
         check_value(name, value)
         key = self._key("v", name)
-        await self._run([(key, pack("SET", key, bytes(value)))])
+        expiry = () if ttl_s is None else ("PX", max(1, int(ttl_s * 1000)))
+        await self._run([(key, pack("SET", key, bytes(value), *expiry))])
 
     async def get_value(self, name: str) -> bytes | None:
         key = self._key("v", name)

@@ -10,21 +10,21 @@ bytes were still the block's, `release` ends the lease.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from kvstore.arena.pages import AccountingError, Extent, PageAllocator
 from kvstore.block import BlockHeader
 from kvstore.clock import Clock
-from kvstore.errors import CapacityError, InvalidInputError
+from kvstore.errors import CapacityError, ConfigError, InvalidInputError
 from kvstore.eviction.base import EvictionPolicy, Request
-from kvstore.identity import DIGEST_BYTES
 
-from .config import MAX_KEYS, MAX_LEASE_S, MAX_PIN_S, NodeConfig
+from .admission import Admission
+from .config import MAX_LEASE_S, MAX_PIN_S, NodeConfig
 from .leases import LeaseTable, PinTable
-from .plans import Found, Reservation, Tally
+from .plans import Found, Reservation, Tally, check_keys
 from .quality import is_better
+from .requests import Requests
 from .status import Status
 from .table import BlockTable, Entry, block_id, pages_of
 
@@ -72,9 +72,13 @@ class NodeEngine:
     ) -> None:
         self.config = config
         self.clock = clock
+        if policy.sees_future:
+            raise ConfigError(f"policy {policy.name} sees the future, which only a replay knows; choose another --policy, such as value")
         self.policy = policy
+        self.requests = Requests(clock)
         self.allocator = allocator
         self.table = BlockTable()
+        self.admission = Admission(clock, policy, allocator, self.table, config.page_bytes, self._drop)
         self.tally = Tally()
         self.reserved_pages = 0
         self.changes = 0  # rises with every change of pages, so that idleness can be seen
@@ -84,13 +88,17 @@ class NodeEngine:
         self._on_change = on_change
         self._overflow = overflow
         self._writing: dict[bytes, Reservation] = {}
-        self._requests = itertools.count(1)
 
     # ---- put
 
-    def request(self, input_tokens: int = 0) -> Request:
-        """A new request for the policy: one for each Put or Get call."""
-        return Request(next(self._requests), self.clock.now(), input_tokens)
+    def request(self, input_tokens: int = 0, after: bytes | None = None) -> Request:
+        """The request of a user that a call belongs to, see `Requests.begin`."""
+        return self.requests.begin(input_tokens, after)
+
+    def reading(self, keys: Sequence[bytes], input_tokens: int) -> Request:
+        """The same for a call that reads `keys`."""
+        first = self.table.get(keys[0]) if keys else None
+        return self.requests.begin(input_tokens, first and first.info.parent)
 
     def reserve(self, header: BlockHeader, request: Request, owner: str = "") -> Reservation | Status:
         """Take pages for a block of `owner`, making room if need be.
@@ -120,6 +128,8 @@ class NodeEngine:
             return self._reject("too_large")
         if self.reserved_pages and self.reserved_pages + total > self.allocator.pages // 2:
             return self._reject("writers")
+        if refusal := self.admission.refusal(header, request, owner, total):
+            return self._reject(refusal)
         parent = self.table.get(block_id(owner, header.parent))
         if parent is not None:
             self._hold(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
@@ -149,6 +159,8 @@ class NodeEngine:
                 return Status.BUSY if better else Status.ALREADY_EXISTS
             self._drop(resident, REPLACED)
         entry = self.table.insert(header, reservation.layers, self.clock.now(), self.config.page_bytes, reservation.owner)
+        self.admission.quotas.count(entry, entry.pages * self.config.page_bytes)
+        self.requests.used(reservation.request, [entry.id])
         self.policy.access(reservation.request, [entry.info])
         self._change(header.key)
         return Status.OK
@@ -294,6 +306,7 @@ class NodeEngine:
             once = sorted(dict.fromkeys(entries), key=lambda entry: entry.header.start)
             for entry in once:
                 entry.last_use = request.now
+            self.requests.used(request, [entry.id for entry in once])
             self.policy.access(request, [entry.info for entry in once])
 
     def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
@@ -330,6 +343,7 @@ class NodeEngine:
                 self._overflow.forget(entry.id)
             elif reason != REPLACED:
                 self._overflow.keep(entry)
+        self.admission.quotas.count(entry, -entry.pages * self.config.page_bytes)
         self.allocator.free(self.table.remove(entry))
         self.policy.removed(entry.id)
         self.tally.evictions[reason] += 1
@@ -339,7 +353,9 @@ class NodeEngine:
         before, after = entry.header.present, entry.top - rung
         if self._overflow is not None:
             self._overflow.keep(entry)
-        self.allocator.free(self.table.truncate(entry, after))
+        dropped = self.table.truncate(entry, after)
+        self.admission.quotas.count(entry, -sum(extent.count for extent in dropped) * self.config.page_bytes)
+        self.allocator.free(dropped)
         self.policy.demoted(entry.id, rung)
         self.tally.demotions[before, after] += before - after
         self._change(entry.key)
@@ -373,11 +389,3 @@ class NodeEngine:
             if entry is None:
                 raise AccountingError("a held block is not resident")
             self._release(entry)
-
-
-def check_keys(keys: Sequence[bytes]) -> None:
-    """Raises InvalidInputError for more than `MAX_KEYS` keys, or one that is not 32 bytes."""
-    if len(keys) > MAX_KEYS:
-        raise InvalidInputError(f"{len(keys)} keys in one call, at most {MAX_KEYS}; split the call")
-    if any(len(key) != DIGEST_BYTES for key in keys):
-        raise InvalidInputError(f"a block key has {DIGEST_BYTES} bytes; digests are never cut short")

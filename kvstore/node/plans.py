@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.arena.pages import Extent
 from kvstore.block import BlockHeader
+from kvstore.errors import InvalidInputError
 from kvstore.eviction.base import Request
+from kvstore.identity import DIGEST_BYTES
 
+from .config import MAX_KEYS
 from .table import Entry
 
 
@@ -53,3 +57,11 @@ class Tally:
     evictions: Counter[str] = field(default_factory=Counter)
     demotions: Counter[tuple[int, int]] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+
+
+def check_keys(keys: Sequence[bytes]) -> None:
+    """Raises InvalidInputError for more than `MAX_KEYS` keys, or one that is not 32 bytes."""
+    if len(keys) > MAX_KEYS:
+        raise InvalidInputError(f"{len(keys)} keys in one call, at most {MAX_KEYS}; split the call")
+    if any(len(key) != DIGEST_BYTES for key in keys):
+        raise InvalidInputError(f"a block key has {DIGEST_BYTES} bytes; digests are never cut short")

@@ -1,46 +1,64 @@
-"""Placement: nodes fill alike, by share of their arena, and a chain stays together for a run."""
+"""Placement: new blocks of a request stay together, where the least value has to leave for them; nodes of any size fill alike."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
-from kvstore.client.placement import RUN_BLOCKS, Placement
+import pytest
+
+from kvstore.client.placement import Placement
+from kvstore.eviction.cluster import BINS, Pressure, bin_of
 from kvstore.metadata import NodeRecord
 
 MIB = 1 << 20
+NUMBERS = itertools.count()
 
 
-def node(name: str, arena: int, used: int = 0) -> NodeRecord:
-    return NodeRecord(name, name * 16, f"{name}:1", arena_bytes=arena, used_bytes=used)
+def node(name: str, arena: int, used: int = 0, value: float | None = None, host: str = "") -> NodeRecord:
+    """A node whose used bytes are all of one value; None: it published no report."""
+    record = NodeRecord(name, name * 16, f"{name}:1", arena_bytes=arena, used_bytes=used, host=host)
+    if value is None:
+        return record
+    by_value = [0] * BINS
+    by_value[bin_of(value)] = used
+    return replace(record, pressure=Pressure(arena - used, arena, by_value).to_text())
 
 
-def placed(placement: Placement, count: int) -> list[str]:
-    return [placement.choose(MIB, 0, None)[0] for _ in range(count)]
+def placed(placement: Placement, count: int, size: int = MIB) -> list[str]:
+    return [placement.choose([b"%d" % next(NUMBERS)], size)[0] for _ in range(count)]
 
 
-def test_equal_nodes_take_turns():
+def test_equal_empty_nodes_take_turns():
     placement = Placement()
     placement.update([node("a", 64 * MIB), node("b", 64 * MIB)])
     assert placed(placement, 6) == ["a", "b"] * 3
 
 
-def test_a_node_of_twice_the_size_gets_twice_as_much():
-    placement = Placement()
-    placement.update([node("a", 64 * MIB), node("b", 128 * MIB)])
-    assert Counter(placed(placement, 90)) == {"a": 30, "b": 60}
-
-
 def test_the_emptier_node_is_filled_first():
     placement = Placement()
-    placement.update([node("a", 64 * MIB, used=32 * MIB), node("b", 64 * MIB)])
+    placement.update([node("a", 64 * MIB, 32 * MIB, 0.1), node("b", 64 * MIB)])
     assert Counter(placed(placement, 32)) == {"b": 32}
     assert Counter(placed(placement, 10)) == {"a": 5, "b": 5}
 
 
-def test_full_nodes_still_share_the_load():
+def test_full_nodes_give_their_least_valuable_bytes():
     placement = Placement()
-    placement.update([node("a", 8 * MIB, used=8 * MIB), node("b", 8 * MIB, used=8 * MIB)])
-    assert Counter(placed(placement, 40)) == {"a": 20, "b": 20}
+    placement.update([node("a", 8 * MIB, 8 * MIB, 1.0), node("b", 8 * MIB, 8 * MIB, 0.01)])
+    assert Counter(placed(placement, 8)) == {"b": 8}
+
+
+def test_scraps_of_free_room_do_not_attract_a_long_prompt():
+    placement = Placement()
+    placement.update([node("a", 8 * MIB, 8 * MIB - 4096, 1.0), node("b", 8 * MIB, 8 * MIB, 0.01)])
+    assert placed(placement, 1) == ["b"]
+
+
+def test_full_nodes_without_reports_share_the_load():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB, 64 * MIB), node("b", 64 * MIB, 64 * MIB)])
+    assert set(placed(placement, 4)) <= {"a", "b"}
 
 
 def test_a_new_report_replaces_what_was_guessed():
@@ -48,26 +66,37 @@ def test_a_new_report_replaces_what_was_guessed():
     nodes = [node("a", 64 * MIB), node("b", 64 * MIB)]
     placement.update(nodes)
     placed(placement, 10)
-    placement.update(nodes)  # the same report again: what was sent since still counts
+    placement.update([*nodes])  # the same reports again: what was sent since still counts
     assert placed(placement, 2) == ["a", "b"]
-    placement.update([node("a", 64 * MIB, used=20 * MIB), node("b", 64 * MIB, used=1 * MIB)])
+    placement.update([node("a", 64 * MIB, 20 * MIB, 0.1), node("b", 64 * MIB, 1 * MIB, 0.1)])
     assert set(placed(placement, 10)) == {"b"}
 
 
-def chain(placement: Placement, count: int) -> list[str]:
-    homes: list[str] = []
-    for depth in range(count):
-        homes.append(placement.choose(MIB, depth, homes[-1] if homes else None))
-    return [home[0] for home in homes]
-
-
-def test_a_chain_stays_together_for_a_run_and_then_moves_to_the_emptier_node():
+def test_what_follows_goes_where_its_parent_was_sent_even_before_the_index_knows():
     placement = Placement()
-    placement.update([node("a", 640 * MIB), node("b", 640 * MIB)])
-    assert chain(placement, 3 * RUN_BLOCKS) == ["a"] * RUN_BLOCKS + ["b"] * RUN_BLOCKS + ["a"] * RUN_BLOCKS
+    placement.update([node("a", 64 * MIB), node("b", 64 * MIB)])
+    first = placement.choose([b"x", b"y"], 2 * MIB)
+    assert placement.choose([b"z"], MIB, None, b"y") == first
+    assert placement.choose([b"v"], MIB, "gone") != "gone", "a parent on a node that is gone decides nothing"
 
 
-def test_a_child_of_a_node_that_is_gone_goes_where_there_is_room():
+def test_the_one_node_on_the_writers_host_is_preferred_at_an_equal_price():
+    placement = Placement(host="here")
+    placement.update([node("a", 64 * MIB), node("b", 64 * MIB, host="here")])
+    assert placed(placement, 3) == ["b"] * 3
+    placement.update([node("a", 64 * MIB, host="here"), node("b", 64 * MIB, host="here")])
+    assert set(placed(placement, 8)) == {"a", "b"}
+
+
+def test_a_node_that_joins_takes_what_is_new():
     placement = Placement()
-    placement.update([node("a", 64 * MIB, used=MIB), node("b", 64 * MIB)])
-    assert placement.choose(MIB, 5, "gone")[0] == "b"
+    full = [node(name, 8 * MIB, 8 * MIB, 0.5) for name in "ab"]
+    placement.update(full)
+    assert set(placed(placement, 4)) == {"a", "b"}
+    placement.update([*full, node("c", 8 * MIB)])
+    assert placed(placement, 8) == ["c"] * 8
+
+
+def test_no_node_is_an_error_of_the_caller():
+    with pytest.raises(LookupError):
+        Placement().choose([b"x"], MIB)

@@ -8,7 +8,6 @@ import pytest
 
 from kvstore.block import EncodedBlock
 from kvstore.client import ClientConfig
-from kvstore.client.placement import RUN_BLOCKS
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import NO_PARENT
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -19,13 +18,12 @@ def where(bench: Bench) -> list[set[bytes]]:
     return [set(bench.transport.stored[node.address]) for node in NODES]
 
 
-async def test_published_blocks_are_spread_over_both_nodes_and_whole():
-    blocks = chain(2 * RUN_BLOCKS)
+async def test_published_blocks_of_one_request_stay_together_and_whole():
+    blocks = chain(32)
     async with Bench() as bench:
         assert bench.client.publish(blocks) == len(blocks)
         assert await bench.client.flush(5)
-        keys = [b.header.key for b in blocks]
-        assert sorted(where(bench), key=lambda held: keys[0] not in held) == [set(keys[:RUN_BLOCKS]), set(keys[RUN_BLOCKS:])]
+        assert sorted(where(bench), key=len) == [set(), {b.header.key for b in blocks}]
         everything = bench.transport.stored[NODES[0].address] | bench.transport.stored[NODES[1].address]
         assert everything == {b.header.key: b.to_bytes() for b in blocks}
         assert bench.count("publish_queue_blocks") == 0

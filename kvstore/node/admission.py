@@ -1,0 +1,77 @@
+"""Whether a block may come in at all: it must be worth what leaves for it, and within its tenant's quota."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstore.arena.pages import PageAllocator
+from kvstore.block import BlockHeader
+from kvstore.clock import Clock
+from kvstore.codecs import PROFILE_WIRE_ID
+from kvstore.eviction.base import EvictionPolicy, Request
+from kvstore.eviction.cluster import is_admitted
+
+from .quotas import QuotaTable
+from .table import BlockTable, Entry, block_info
+
+
+class Admission:
+    """Asked before room is made for a block.
+
+    Parameters
+    ----------
+    clock, policy, allocator, table
+        The engine's own.
+    page_bytes : int
+    drop : callable
+        ``drop(entry, reason)`` evicts a block.
+
+    Attributes
+    ----------
+    waterline : float
+        Of the cluster, as last heard; 0.0 admits everything.
+    quotas : QuotaTable
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        policy: EvictionPolicy,
+        allocator: PageAllocator,
+        table: BlockTable,
+        page_bytes: int,
+        drop: Callable[[Entry, str], None],
+    ) -> None:
+        self.waterline = 0.0
+        self.quotas = QuotaTable()
+        self._clock = clock
+        self._policy = policy
+        self._allocator = allocator
+        self._table = table
+        self._page_bytes = page_bytes
+        self._drop = drop
+
+    def refusal(self, header: BlockHeader, request: Request, owner: str, pages: int) -> str | None:
+        """Why a block of `pages` is not admitted, None where it is. A tenant over its quota gives up blocks of its own first."""
+        if not self._is_worth(header, request, owner, pages):
+            return "waterline"
+        return None if self._fits_quota(header, owner, pages) else "quota"
+
+    def _is_worth(self, header: BlockHeader, request: Request, owner: str, pages: int) -> bool:
+        """Whether a block would not be the next to leave, here and anywhere. The policy is shown one that is not: it may come back."""
+        if self._allocator.free_pages >= pages or header.codec == PROFILE_WIRE_ID:
+            return True
+        victim, info = self._policy.victim(self._clock.now()), block_info(header, self._page_bytes, owner)
+        if victim is None or is_admitted(self._policy.worth(request, info), min(victim.value, self.waterline)):
+            return True
+        self._policy.access(request, [info])
+        self._policy.removed(info.id)
+        return False
+
+    def _fits_quota(self, header: BlockHeader, owner: str, pages: int) -> bool:
+        while subject := self.quotas.over((owner, header.namespace.hex()), pages * self._page_bytes):
+            entry = self.quotas.victim(subject, self._table)
+            if entry is None:
+                return False
+            self._drop(entry, "quota")
+        return True

@@ -1,0 +1,130 @@
+"""This node's part in the cluster's one order of value: it publishes its pressure, and derives the waterline from everyone's.
+
+The report travels in the node's own record, with every heartbeat, and so does what it holds of tenants that have a quota. All of it
+is soft: without news of others a node goes by its own bytes alone, as a single store would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+
+from kvstore.errors import ConcertinaError, InvalidInputError
+from kvstore.eviction.cluster import Pressure, waterline
+from kvstore.metadata import Metadata, NodeRecord
+
+from .engine import NodeEngine
+from .quotas import MAX_SUBJECTS, QUOTAS, parse_quotas
+
+log = logging.getLogger(__name__)
+
+#: A report is made afresh after so many seconds or requests, whichever comes first.
+REPORT_S = 0.25
+REPORT_REQUESTS = 20
+#: Seconds between two exchanges of lessons, about 11 KB a node; they are cumulative, so an old one is a little short, never wrong.
+LESSONS_S = 10.0
+LESSONS_TTL_S = 6 * LESSONS_S
+
+
+class ClusterOrder:
+    """Reports of one node, and what it derives from those of all.
+
+    Parameters
+    ----------
+    engine : NodeEngine
+        Its `admission` is told the waterline and the quotas.
+    metadata : Metadata
+    incarnation : str
+        The node's own.
+    interval_s : float
+        Seconds between two reads of the others' reports.
+    """
+
+    def __init__(self, engine: NodeEngine, metadata: Metadata, incarnation: str, interval_s: float) -> None:
+        self._engine = engine
+        self._metadata = metadata
+        self._incarnation = incarnation
+        self._interval_s = interval_s
+        self._report: Pressure | None = None
+        self._reported = (0.0, 0)
+        self._others: list[str] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        loops = ((self.listen, self._interval_s), (self.learn, LESSONS_S))
+        self._tasks = [asyncio.create_task(_every(seconds, step)) for step, seconds in loops]
+
+    async def stop(self) -> None:
+        """Hear no more. Safe to call twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def report(self) -> Pressure:
+        """This node's pressure, at most `REPORT_S` seconds and `REPORT_REQUESTS` requests old."""
+        now, requests = self._engine.clock.now(), self._engine.requests.count
+        since, until = self._reported
+        if self._report is None or now - since >= REPORT_S or requests - until >= REPORT_REQUESTS:
+            self._reported = now, requests
+            engine = self._engine
+            self._report = Pressure.of(engine.free_bytes, engine.arena_bytes, *engine.policy.census(now))
+        return self._report
+
+    def sign(self, record: NodeRecord) -> NodeRecord:
+        """The node's record with its report and what it holds of tenants with a quota."""
+        return replace(record, pressure=self.report().to_text(), usage=json.dumps(self._engine.admission.quotas.usage()))
+
+    def hear(self, records: Iterable[NodeRecord], quotas: bytes | None) -> None:
+        """Take the newest records of all living nodes, this one's included, and the metadata's value of `QUOTAS`.
+
+        Raises
+        ------
+        InvalidInputError
+            For quotas that cannot be read; those before stay.
+        """
+        others = [record for record in records if record.incarnation != self._incarnation]
+        self._others = [record.incarnation for record in others]
+        reports = [Pressure.from_text(r.pressure, max(r.arena_bytes - r.used_bytes, 0), r.arena_bytes) for r in others]
+        admission = self._engine.admission
+        admission.waterline = waterline([self.report(), *reports])
+        admission.quotas.hear(parse_quotas(quotas), [_usage(record) for record in others])
+
+    async def listen(self) -> None:
+        """Read what `hear` takes. Raises what the metadata raises."""
+        self.hear(await self._metadata.nodes(), await self._metadata.get_value(QUOTAS))
+
+    async def learn(self) -> None:
+        """Tell the others what this node's policy learnt, and heed what theirs did. Raises what the metadata raises."""
+        policy = self._engine.policy
+        if mine := policy.lessons():
+            await self._metadata.set_value(self._lessons_of(self._incarnation), mine, ttl_s=LESSONS_TTL_S)
+            found = [await self._metadata.get_value(self._lessons_of(incarnation)) for incarnation in self._others]
+            policy.heed([lessons for lessons in found if lessons is not None])
+
+    def _lessons_of(self, incarnation: str) -> str:
+        return f"lessons:{self._engine.policy.name}:{incarnation}"
+
+
+async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await step()
+        except InvalidInputError as error:
+            log.warning("another node's news cannot be read and is left out: %s", error)
+        except ConcertinaError as error:
+            log.debug("no news of other nodes: %s", error)
+
+
+def _usage(record: NodeRecord) -> dict[str, int]:
+    """What the record says of tenants; nothing where that cannot be read."""
+    try:
+        found = json.loads(record.usage or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict) or len(found) > MAX_SUBJECTS:
+        return {}
+    return {subject: size for subject, size in found.items() if type(size) is int and size >= 0}

@@ -1,0 +1,186 @@
+"""What a node takes in: requests told apart from calls, the waterline, quotas, and the reports that they come from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvstore.arena import PageAllocator
+from kvstore.clock import ManualClock
+from kvstore.errors import ConfigError, InvalidInputError
+from kvstore.eviction import create
+from kvstore.eviction.cluster import BINS, Pressure, bin_of
+from kvstore.metadata import InprocMetadata, InprocState, NodeRecord
+from kvstore.node.config import NodeConfig
+from kvstore.node.engine import NodeEngine
+from kvstore.node.pressure import ClusterOrder
+from kvstore.node.quotas import QUOTAS, parse_quotas
+from kvstore.node.requests import Requests
+from kvstore.node.status import Status
+from tests.node_support import NAMESPACE, block, key_of
+
+PAGE = 512
+OTHER = b"o" * 32
+
+
+class Node:
+    """An engine of `pages` pages, filled block by block."""
+
+    def __init__(self, pages: int = 16, policy: str = "value") -> None:
+        self.clock = ManualClock()
+        config = NodeConfig(arena=pages * PAGE, page_bytes=PAGE)
+        self.engine = NodeEngine(config, self.clock, create(policy), PageAllocator(pages))
+
+    def put(self, number: int, namespace: bytes = NAMESPACE, pages: int = 1) -> Status:
+        self.clock.advance(1.0)
+        header = block(number, (pages * PAGE,), namespace=namespace).header
+        decision = self.engine.reserve(header, self.engine.request(64, header.parent))
+        return decision if isinstance(decision, Status) else self.engine.commit(decision)
+
+    def held(self) -> set[int]:
+        return {number for number in range(100) if self.engine.table.get(key_of(number))}
+
+    def order(self, state: InprocState | None = None, incarnation: str = "a" * 16) -> ClusterOrder:
+        return ClusterOrder(self.engine, InprocMetadata(self.clock, state), incarnation, 0.5)
+
+
+def record(name: str, free: int, value: float, arena: int = 16 * PAGE, usage: str = "") -> NodeRecord:
+    by_value = [0] * BINS
+    by_value[bin_of(value)] = arena - free
+    return NodeRecord(name, name * 16, f"{name}:1", arena_bytes=arena, pressure=Pressure(free, arena, by_value).to_text(), usage=usage)
+
+
+def test_calls_of_one_prompt_are_one_request() -> None:
+    clock = ManualClock()
+    requests = Requests(clock)
+    get = requests.begin(1000)
+    requests.used(get, [b"a", b"b"])
+    clock.advance(5.0)
+    put = requests.begin(1000, b"b")
+    assert (put.seq, put.now) == (get.seq, 5.0)
+    requests.used(put, [b"c"])
+    assert requests.begin(1000, b"c").seq == get.seq
+    assert requests.begin(1500, b"c").seq != get.seq, "the next turn's prompt is longer"
+    assert requests.begin(0, b"c").seq != get.seq
+    assert requests.begin(1000, b"unknown").seq != get.seq
+    clock.advance(61.0)
+    assert requests.begin(1000, b"c").seq != get.seq
+    assert requests.count == 5
+
+
+def test_a_block_below_the_waterline_is_not_admitted_but_remembered() -> None:
+    node = Node(8)
+    assert [node.put(number) for number in range(8)] == [Status.OK] * 8
+    node.engine.policy.model.values = [[1.0] * len(row) for row in node.engine.policy.model.values]
+    info = node.engine.table.get(key_of(0)).info
+    assert node.engine.policy.worth(node.engine.request(64), info) == pytest.approx(1.0)
+    node.engine.policy.model.values[0] = [1e-3] + [1.0] * (len(node.engine.policy.model.values[0]) - 1)
+    node.engine.policy._candidates.stale()
+    node.engine.admission.waterline = 0.5
+    assert node.put(50) is Status.RESOURCE_EXHAUSTED
+    assert node.engine.tally.rejected["waterline"] == 1
+    assert node.put(50) is Status.OK, "the second time it is a block that came back"
+    node.engine.check()
+    node.engine.admission.waterline = 0.0
+    assert node.put(51) is Status.OK, "below no waterline everything is admitted"
+
+
+def test_the_waterline_is_that_of_all_nodes() -> None:
+    node = Node(8)
+    order = node.order()
+    for number in range(8):
+        node.put(number)
+    order.hear([record("a", 0, 1.0), record("b", 0, 0.001)], None)
+    low = node.engine.admission.waterline
+    assert 0.0009 < low < 0.0015
+    order.hear([record("b", 8 * PAGE, 0.001)], None)
+    assert node.engine.admission.waterline == 0.0, "another node has room"
+
+
+def test_a_report_is_at_most_a_quarter_second_or_20_requests_old() -> None:
+    node = Node(64)
+    order = node.order()
+    first = order.report()
+    assert order.report() is first
+    for _ in range(20):
+        node.engine.request()
+    assert order.report() is not first
+    second = order.report()
+    node.clock.advance(0.3)
+    assert order.report() is not second
+    signed = order.sign(NodeRecord("a", "a" * 16, "a:1"))
+    assert Pressure.from_text(signed.pressure, 0, 0) == order.report()
+    assert NodeRecord.from_dict(json.loads(json.dumps(signed.to_dict()))) == signed
+
+
+async def test_nodes_learn_from_each_other() -> None:
+    state, one, two = InprocState(), Node(64), Node(64)
+    orders = one.order(state, "a" * 16), two.order(state, "b" * 16)
+    for number in range(10):
+        one.put(number)
+        one.engine.policy.model.used(0, 5.0, 50)
+    one.engine.policy._learn(one.clock.now())
+    for order in orders:
+        order.hear([record("a", 0, 1.0), record("b", 0, 1.0)], None)
+        await order.learn()
+    await orders[1].learn()
+    assert two.engine.policy.model._others.sum() > 0
+
+
+def test_a_tenant_over_its_quota_gives_up_its_own_oldest_blocks() -> None:
+    node = Node(16)
+    subject = NAMESPACE.hex()
+    order = node.order()
+    order.hear([], json.dumps({subject: 4 * PAGE}).encode())
+    assert [node.put(number, OTHER) for number in range(10, 18)] == [Status.OK] * 8
+    assert [node.put(number) for number in range(6)] == [Status.OK] * 6
+    assert node.held() == {2, 3, 4, 5, *range(10, 18)}
+    assert node.engine.tally.evictions == {"quota": 2}
+    assert node.engine.admission.quotas.usage() == {subject: 4 * PAGE}
+    node.engine.check()
+
+
+def test_what_other_nodes_hold_counts_against_the_quota() -> None:
+    node = Node(16)
+    subject = NAMESPACE.hex()
+    usage = json.dumps({subject: 3 * PAGE})
+    node.order().hear([record("b", 0, 1.0, usage=usage)], json.dumps({subject: 4 * PAGE}).encode())
+    assert [node.put(number) for number in range(3)] == [Status.OK] * 3
+    assert node.held() == {2}
+    node.order().hear([record("b", 0, 1.0, usage=usage)], json.dumps({subject: 2 * PAGE}).encode())
+    assert node.put(3) is Status.RESOURCE_EXHAUSTED, "nothing that goes here makes room for it"
+    assert node.engine.tally.rejected["quota"] == 1
+
+
+def test_held_blocks_of_a_tenant_stay() -> None:
+    node = Node(16)
+    node.order().hear([], json.dumps({NAMESPACE.hex(): 2 * PAGE}).encode())
+    node.put(0)
+    node.put(1)
+    node.engine.pin([key_of(0)], 60)
+    assert node.put(2) is Status.OK
+    assert node.held() == {0, 2}
+    node.engine.pin([key_of(2)], 60)
+    assert node.put(3) is Status.RESOURCE_EXHAUSTED
+    node.engine.check()
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{", b'{"a": -1}', b'{"a": "b"}', b'{"a": true}'])
+def test_quotas_that_cannot_be_read_are_refused(value: bytes) -> None:
+    with pytest.raises(InvalidInputError):
+        parse_quotas(value)
+    assert parse_quotas(None) == {}
+    assert QUOTAS == "quotas"
+
+
+def test_usage_that_cannot_be_read_is_nothing() -> None:
+    node = Node(16)
+    for usage in ("nonsense", "[1]", '{"x": "y"}', ""):
+        node.order().hear([record("b", 0, 1.0, usage=usage)], b'{"x": 5}')
+        assert node.engine.admission.quotas.over(["x"], 5) is None
+
+
+def test_a_node_refuses_to_see_the_future() -> None:
+    with pytest.raises(ConfigError, match="value"):
+        Node(policy="opt")
