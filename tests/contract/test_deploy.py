@@ -126,9 +126,8 @@ def test_nodes_have_probes_and_room_for_the_arena(objects):
     (container,) = spec["containers"]
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
     arguments = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"][1:])
-    memory = {volume["name"]: volume for volume in spec["volumes"]}["shared-memory"]["emptyDir"]
-    arena = parse_size(arguments["arena"])
-    assert arena < parse_size(memory["sizeLimit"] + "B") < parse_size(container["resources"]["limits"]["memory"] + "B")
+    memory = {kind: parse_size(container["resources"][kind]["memory"] + "B") for kind in ("requests", "limits")}
+    assert parse_size(arguments["arena"]) < memory["requests"] <= memory["limits"]
 
 
 def test_nodes_are_started_as_the_command_line_allows(objects):
