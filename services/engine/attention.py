@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from kvstore.errors import ConfigError
 
+from .cpu.tokens import attend_tokens
 from .live import LiveKV
 from .presses.base import Press
 
@@ -38,15 +40,13 @@ class Tile:
         self.written = _layers(kv, slice(start, start + size))
 
 
+@dataclass(frozen=True, slots=True)
 class Token:
-    """The next row of the flat batch: the next token of one request, which goes to `at` of its cache."""
+    """The next row of the flat batch: the next token of one request, which goes to place `at` of its cache."""
 
-    __slots__ = ("at", "kv", "press", "seen", "written")
-
-    def __init__(self, kv: LiveKV, at: int, press: Press | None) -> None:
-        self.kv, self.at, self.press = kv, at, press
-        self.seen = _layers(kv, slice(0, at + 1))
-        self.written = _layers(kv, slice(at, at + 1))
+    kv: LiveKV
+    at: int
+    press: Press | None
 
 
 def _layers(kv: LiveKV, span: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -85,11 +85,12 @@ class Masks:
 class Step:
     """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond them are padding.
 
-    `layers_seen` proves that every layer came by.
+    `places` of the tokens allows for native code. `layers_seen` proves that every layer came by.
     """
 
     tiles: tuple[Tile, ...] = ()
     tokens: tuple[Token, ...] = ()
+    places: np.ndarray | None = None
     masks: Masks = field(default_factory=Masks)
     layers_seen: int = 0
 
@@ -131,7 +132,7 @@ def attend(
     step.layers_seen += 1
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if step.tokens:
-        return _attend_tokens(module.layer_idx, step.tokens, query, key, value, scaling, sliding_window), None
+        return _attend_tokens(module.layer_idx, step, query, key, value, scaling, sliding_window)[None], None
     out_NQD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for tile in step.tiles:
         _attend_tile(module.layer_idx, tile, step.masks, query, key, value, out_NQD, scaling, sliding_window)
@@ -156,26 +157,33 @@ def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window
         tile.press.see(layer, q_HGTD, tile.kv, tile.start + tile.count, scaling, window)
 
 
-def _attend_tokens(layer, tokens, query, key, value, scaling, window) -> torch.Tensor:
-    heads, rows = key.shape[1], query.shape[2]
-    k_rows, v_rows = key.split(1, 2), value.split(1, 2)
-    q_rows = query.reshape(1, heads, -1, rows, query.shape[3]).unbind(3)
-    outs = []
-    for token, q, k_new, v_new in zip(tokens, q_rows, k_rows, v_rows, strict=False):  # rows beyond the tokens are padding
-        k_to, v_to = token.written[layer]
-        k_to.copy_(k_new)
-        v_to.copy_(v_new)
-        k, v = token.seen[layer]
-        mask = None
-        if window and token.kv.positions_LHT is not None:
-            mask = ~token.kv.hidden(layer, 1, token.at + 1, window)
-        elif window and token.at >= window:
-            k, v = k[:, :, token.at + 1 - window :], v[:, :, token.at + 1 - window :]
-        outs.append(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+def _attend_tokens(layer, step, query, key, value, scaling, window) -> torch.Tensor:
+    """[rows, Q, D]; rows beyond the tokens are padding."""
+    native = step.places is not None
+    outs = native and attend_tokens(step.places, layer, query, key, value, scaling, window)
+    rows = []
+    for row, token in enumerate(step.tokens):
+        # Places are no positions once a press has dropped tokens, and windows count positions.
+        if not native or (window and token.kv.positions_LHT is not None):
+            rows.append((row, _attend_token(layer, token, *(x[:, :, row : row + 1] for x in (query, key, value)), scaling, window)))
         if token.press is not None:
-            token.press.see(layer, q[0, :, :, None], token.kv, token.at + 1, scaling, window)
-    out_NQD = torch.cat(outs).view(len(tokens), -1, value.shape[3])
-    return functional.pad(out_NQD, (0, 0, 0, 0, 0, rows - len(tokens)))[None]
+            q_HGTD = query[0, :, row].view(key.shape[1], -1, 1, query.shape[3])
+            token.press.see(layer, q_HGTD, token.kv, token.at + 1, scaling, window)
+    if not native:
+        outs = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+    for row, out in rows:
+        outs[row] = out
+    return outs
+
+
+def _attend_token(layer, token, query, key, value, scaling, window) -> torch.Tensor:
+    """[Q, D] of one token, with torch alone."""
+    kv, at = token.kv, token.at
+    kv.k_LHTD[layer, :, at : at + 1], kv.v_LHTD[layer, :, at : at + 1] = key[0], value[0]
+    mask = ~kv.hidden(layer, 1, at + 1, window)[None] if window else None
+    k, v = kv.k_LHTD[layer, None, :, : at + 1], kv.v_LHTD[layer, None, :, : at + 1]
+    packed = query.reshape(1, key.shape[1], -1, query.shape[3])
+    return functional.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scaling).reshape(query.shape[1], -1)
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ from kvstore.layout import DTYPES, KVLayout
 
 from .attention import NAME, register
 from .config import EngineConfig
+from .cpu.products import use_row_products
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def load(config: EngineConfig) -> Loaded:
         _refuse(hf_config)
         register()
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=NAME).to(config.device).eval()
+        use_row_products(model, config.block_tokens)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except InvalidInputError as error:
         raise ConfigError(f"{path.name} cannot be served: {error}") from error

@@ -155,9 +155,7 @@ class StoreReader:
                 self._account(prefix, batch)
 
     @torch.inference_mode()
-    def _decode_batch(
-        self, kv: LiveKV, first: int, batch: list[EncodedBlock], codecs: list[Codec], ids: list[Sequence[int]]
-    ) -> None:
+    def _decode_batch(self, kv: LiveKV, first: int, batch: list[EncodedBlock], codecs: list[Codec], ids: list[Sequence[int]]) -> None:
         kv.reserve((first + len(batch)) * self._block_tokens)
         k, v = kv.blocks(first * self._block_tokens, len(batch))
         at = 0

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numba
 import torch
 
 from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 
 from .attention import Masks, Step, Tile, Token
+from .cpu.tokens import can_attend, places
 from .live import LiveKV
 from .presses.base import Press
 
@@ -113,10 +115,12 @@ class Runner:
             tokens.append(Token(row.kv, at, row.press))
         ids = [row.token for row in rows] + [0] * padding
         positions = [row.position for row in rows] + [0] * padding
-        step = Step(tokens=tuple(tokens), masks=self._masks)
+        where = places([(token.kv, token.at) for token in tokens]) if can_attend(rows[0].kv) else None
+        step = Step(tokens=tuple(tokens), places=where, masks=self._masks)
         return self._forward(ids, positions, list(range(len(rows))), step)
 
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # counts for this thread alone
         # The output head is a product like any other: its rows are padded to the same counts.
         padded = wanted + [wanted[-1] if wanted else 0] * (-max(len(wanted), 1) % self.shapes.quantum + (not wanted))
         out = self.model(

@@ -43,7 +43,8 @@ def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows:
     reference = runner.new_kv(len(prompt), len(prompt))
     logits, rate = _one_by_one(runner, prompt, reference, clock)
     agreeing = [n for n in counts if n == 1 or _tiles_agree(runner, prompt, n, reference, logits)]
-    rows = torch.randint(0, vocab_size, (max(max_rows, QUANTA[-1]),), generator=generator).tolist()
+    # As many rows as a tile would be computed as one, by other kernels.
+    rows = torch.randint(0, vocab_size, (max(min(max_rows, runner.tile - 1), QUANTA[-1]),), generator=generator).tolist()
     quantum, widest = _decode_counts(runner, reference, rows)
     shapes = Shapes(tuple(agreeing), quantum, min(widest, -(-max_rows // quantum) * quantum))
     log.info("rows keep their bits in %s tiles of %d, and in multiples of %d up to %d", agreeing, runner.tile, quantum, shapes.rows)

@@ -31,6 +31,7 @@ from .admission import Admission
 from .base import Delta, Engine, GenerateSpec, ModelInfo
 from .config import EngineConfig
 from .core import Core
+from .cpu import ROW_PRODUCTS
 from .job import Job, Prefix
 from .loading import Loaded, load
 from .presses import PRESSES, create_press
@@ -116,7 +117,7 @@ class TransformersEngine(Engine):
         digest = fingerprint(Path(config.model))
         facts = machine(config.device) | {
             "model": digest, "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
-            "batch": str(config.max_batch),
+            "batch": str(config.max_batch), "products": ROW_PRODUCTS,
         }  # fmt: skip
         find = partial(find_shapes, runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
         runner.shapes, rate, known = remembered_shapes(facts, find)

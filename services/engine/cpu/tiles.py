@@ -1,0 +1,94 @@
+"""The inner loop of a product of few rows: a tile of outputs that stays in vector registers while all inputs pass.
+
+    out[r, j] = fma(x[r, K-1], w[K-1, j], … fma(x[r, 1], w[1, j], fma(x[r, 0], w[0, j], 0)) …)
+
+One fused multiply-add an input, in the order of the inputs, for every output on its own: no reordering that a compiler may choose, so
+the bits do not depend on the tile's shape, and a row keeps them in any company. Written in LLVM's own terms, because numba
+keeps no array in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+#: float32 numbers of one vector register (AVX2; where registers are wider, LLVM may use half of them).
+LANES = 8
+#: Outputs of a panel of weights: for each input, this many weights lie side by side.
+PANEL = 32
+_FLOAT, _HALF = ir.FloatType(), ir.IntType(16)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_WORDS = ir.VectorType(ir.IntType(32), LANES)
+
+
+def tile(rows: int, vectors: int, weight: Any) -> Callable[..., None]:
+    """An intrinsic for the products of `rows` rows with `vectors` vectors of outputs.
+
+    Its arguments: address of x and of out (float32) and the distance of their rows in elements, address of the first of the panel's
+    weights for these outputs (`weight`: types.float32, or types.uint16 for bfloat16), and the number of inputs, at least 1.
+    """
+
+    @intrinsic
+    def multiply(typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, inputs: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _generate(builder, args, rows, vectors, weight is types.uint16)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return multiply
+
+
+def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool) -> None:
+    x, x_stride, out, out_stride, weights, inputs = args
+    word = inputs.type
+    cells = list(product(range(rows), range(vectors)))
+    x_rows = [_element(b, x, _FLOAT, b.mul(x_stride, word(r))) for r in range(rows)]
+    offsets = [b.add(b.mul(out_stride, word(r)), word(v * LANES)) for r, v in cells]
+    targets = [b.bitcast(_element(b, out, _FLOAT, offset), _VECTOR.as_pointer()) for offset in offsets]
+
+    before, loop, after = b.block, b.append_basic_block("input"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    at = b.phi(word)
+    sums = [b.phi(_VECTOR) for _ in cells]
+    columns = [_weights(b, weights, b.add(b.mul(at, word(PANEL)), word(v * LANES)), bfloat16) for v in range(vectors)]
+    inputs_of_rows = [_splat(b, b.load(b.gep(row, [at]))) for row in x_rows]
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
+    grown = [b.call(fma, [inputs_of_rows[r], columns[v], total]) for (r, v), total in zip(cells, sums, strict=True)]
+    following = b.add(at, word(1))
+    b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
+
+    at.add_incoming(word(0), before)
+    at.add_incoming(following, loop)
+    for total, new in zip(sums, grown, strict=True):
+        total.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+        total.add_incoming(new, loop)
+    b.position_at_end(after)
+    for target, total in zip(targets, grown, strict=True):
+        b.store(total, target, align=4)
+
+
+def _element(b: Any, address: Any, element: Any, offset: Any) -> Any:
+    """Pointer to the element `offset` elements behind `address`."""
+    return b.gep(b.inttoptr(address, element.as_pointer()), [offset])
+
+
+def _weights(b: Any, address: Any, offset: Any, bfloat16: bool) -> Any:
+    """`LANES` weights as float32."""
+    if not bfloat16:
+        return b.load(b.bitcast(_element(b, address, _FLOAT, offset), _VECTOR.as_pointer()), align=4)
+    halves = b.load(b.bitcast(_element(b, address, _HALF, offset), ir.VectorType(_HALF, LANES).as_pointer()), align=2)
+    return b.bitcast(b.shl(b.zext(halves, _WORDS), ir.Constant(_WORDS, [16] * LANES)), _VECTOR)
+
+
+def _splat(b: Any, value: Any) -> Any:
+    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    first = b.insert_element(nothing, value, ir.IntType(32)(0))
+    return b.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * LANES))
