@@ -1,4 +1,4 @@
-"""The main job on real parts: a model behind Ray Serve, two store nodes, a Valkey; all calls through the public gRPC service.
+"""The main job on real parts: a model behind Ray Serve, two store nodes, a Valkey; all calls through the public gRPC and HTTP services.
 
 One system for the whole file, since its start is most of the time. It stores `raw`, so that an answer from the store must be the one
 without it, token for token. The tests run in the order of the file; the last ones break parts of the system.
@@ -14,8 +14,10 @@ import time
 import urllib.request
 
 import grpc
+import openai
 import psutil
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -23,7 +25,7 @@ from protos.concertina.inference.v1 import inference_pb2 as pb
 from protos.concertina.inference.v1 import inference_pb2_grpc as rpc
 from tests.system_support import Cli, marked, until, valkeys
 
-NAME = "suite"
+NAME, MODEL = "suite", "SmolLM2-135M-Instruct"
 TOKENS = {"a": "token-of-a", "b": "token-of-b"}
 DOCUMENT = "Notes of the harbour. " + " ".join(f"Entry {i}: the lamp of pier {i * 7 % 23} burns {i % 5} hours." for i in range(24))
 TIMEOUT_S = 120.0
@@ -59,6 +61,25 @@ def channel(system):
 @pytest.fixture(scope="module")
 def stub(channel):
     return rpc.InferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def client(system):
+    return openai_client(system)
+
+
+def openai_client(system, key: str = TOKENS["a"]) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{system['http']}/v1", api_key=key, max_retries=0, timeout=TIMEOUT_S)
+
+
+def details(error: grpc.RpcError, kind):
+    """The part of ``google.rpc.Status`` of a type, or None."""
+    raw = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    for part in status_pb2.Status.FromString(raw).details:
+        made = kind()
+        if part.Unpack(made):
+            return made
+    return None
 
 
 def bearer(tenant: str = "a") -> list[tuple[str, str]]:
@@ -113,7 +134,7 @@ def test_a_message_beyond_all_prompts_is_not_read(stub):
 
 def test_model_info_describes_the_model(stub):
     info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=TIMEOUT_S, metadata=bearer())
-    assert (info.model, info.layers, info.kv_heads, info.head_dim, info.codec) == ("SmolLM2-135M-Instruct", 30, 3, 64, "raw")
+    assert (info.model, info.layers, info.kv_heads, info.head_dim, info.codec) == (MODEL, 30, 3, 64, "raw")
     assert info.context_window == 8192 and info.vocab_size == 49152 and info.block_tokens == 64
 
 
@@ -211,6 +232,58 @@ def test_a_caller_that_goes_away_stops_the_model(system, stub):
     assert requests_by_code(system)["INVALID_ARGUMENT"] >= 2 * len(BAD)
 
 
+def test_an_error_carries_its_reason(stub):
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(stub, BAD["no prompt"])
+    assert details(refused.value, error_details_pb2.ErrorInfo).reason == "INVALID_INPUT"
+
+
+def test_an_answer_that_broke_off_goes_on_behind_its_tokens(stub):
+    made = request("A list of harbours:", n=12)
+    whole = list(ask(stub, made).tokens)
+    made.resume.ids.extend(whole[:5])
+    assert list(ask(stub, made).tokens) == whole[5:]
+
+
+def test_openais_client_gets_the_same_text(stub, client):
+    assert [m.id for m in client.models.list()] == [MODEL]
+    over_grpc = ask(stub, request(DOCUMENT))
+    asked = {"model": MODEL, "prompt": DOCUMENT, "max_tokens": 8, "temperature": 0}
+    answer = client.completions.create(**asked)
+    assert answer.choices[0].text == over_grpc.text and answer.choices[0].finish_reason == over_grpc.finish_reason
+    assert answer.usage.prompt_tokens == over_grpc.usage.prompt_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens == over_grpc.usage.cached_tokens > 0
+    parts = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(p.choices[0].text for p in parts[:-1]) == over_grpc.text
+    assert parts[-1].usage.completion_tokens == 8
+
+
+def test_openais_client_chats(client):
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France? Answer in one word."}]}
+    whole = client.chat.completions.create(**asked, max_completion_tokens=16, temperature=0)
+    assert "Paris" in whole.choices[0].message.content and whole.choices[0].message.role == "assistant"
+    parts = client.chat.completions.create(**asked, max_tokens=16, temperature=0, stream=True)
+    assert "".join(p.choices[0].delta.content or "" for p in parts) == whole.choices[0].message.content
+
+
+def test_openais_client_raises_its_own_errors(system, client):
+    with pytest.raises(openai.AuthenticationError):
+        openai_client(system, "nobody").completions.create(model=MODEL, prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="another", prompt="x")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt="x", n=2, stream=True)
+    assert refused.value.param == "n"
+
+
+def test_a_client_of_http_that_leaves_stops_the_model(system, client):
+    before = requests_by_code(system).get("CANCELLED", 0)
+    stream = client.completions.create(model=MODEL, prompt="Tell a story.", max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    until(lambda: requests_by_code(system).get("CANCELLED", 0) >= before + 1, what="a cancelled request")
+
+
 def test_the_command_line_asks_the_same_way(cli):
     credential = ("--credential", str(cli.state / "a.token"))
     prompt = ("generate", "Once upon a time", "--name", NAME, "--max-new-tokens", "4", *credential)
@@ -242,6 +315,24 @@ def test_without_redis_answers_go_on(cli, stub):
         server.kill()
     for _ in range(2):
         assert list(ask(stub, request(DOCUMENT)).tokens) == expected
+
+
+def test_a_dead_worker_in_the_middle_of_a_stream_is_a_typed_error(system, stub, client):
+    stream = stub.GenerateStream(request("Tell a long story.", n=4000), timeout=TIMEOUT_S, metadata=bearer())
+    asked = {"model": MODEL, "prompt": "Tell another.", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+    over_http = iter(client.completions.create(**asked, stream=True))
+    received = [*next(stream).tokens]
+    next(over_http)
+    os.kill(system["workers"][0]["pid"], signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as lost:
+        for part in stream:
+            received += part.tokens
+    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE and "resume" in lost.value.details()
+    info = details(lost.value, error_details_pb2.ErrorInfo)
+    assert info.reason == "REPLICA_LOST" and int(info.metadata["tokens_sent"]) == len(received)
+    assert details(lost.value, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
+    with pytest.raises(openai.APIError, match="gone"):
+        list(over_http)
 
 
 def test_down_leaves_no_process_even_of_a_broken_system(cli):
