@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +137,7 @@ class CpuArena(Arena):
 
 
 class CudaArena(Arena):
-    """Memory of one GPU; every copy goes through one piece of pinned host memory, so one thread at a time may copy."""
+    """Memory of one GPU; every copy goes through one piece of pinned host memory, so copies take turns."""
 
     def __init__(self, size_bytes: int, page_bytes: int, device: str) -> None:
         import torch
@@ -146,6 +147,7 @@ class CudaArena(Arena):
         self._tensor = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
         self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
         self._host = memoryview(self._staging.numpy())
+        self._copying = threading.Lock()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -154,15 +156,17 @@ class CudaArena(Arena):
     def _store(self, start: int, data: memoryview) -> None:
         for at in range(0, len(data), STAGING_BYTES):
             piece = data[at : at + STAGING_BYTES]
-            self._host[: len(piece)] = piece
-            self._tensor[start + at : start + at + len(piece)].copy_(self._staging[: len(piece)])
+            with self._copying:
+                self._host[: len(piece)] = piece
+                self._tensor[start + at : start + at + len(piece)].copy_(self._staging[: len(piece)])
 
     def _load(self, start: int, length: int) -> Buffer:
         out = bytearray(length)
         for at in range(0, length, STAGING_BYTES):
             size = min(STAGING_BYTES, length - at)
-            self._staging[:size].copy_(self._tensor[start + at : start + at + size])
-            out[at : at + size] = self._host[:size]
+            with self._copying:
+                self._staging[:size].copy_(self._tensor[start + at : start + at + size])
+                out[at : at + size] = self._host[:size]
         return out
 
 

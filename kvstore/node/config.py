@@ -18,6 +18,8 @@ MAX_PIN_S = 86_400
 FRAME_BYTES = 1 << 20
 #: Payload bytes that one frame of a Put stream may hold.
 MAX_FRAME_BYTES = 4 << 20
+#: Hosts that only this machine reaches.
+LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,18 @@ class NodeConfig:
         At the end, seconds that running calls have to finish.
     max_streams : int
         Calls served at one time.
+    spill, spill_bytes : str, int
+        A directory for what the arena has no room for, and the bytes that it may hold; empty and 0 for none.
+    spill_host_bytes : int
+        Bytes of host memory for the same, in front of the directory: for an arena on a GPU. 0 for none.
+    spill_queue_bytes : int
+        Bytes that may wait to be spilled; what comes on top is evicted for good.
+    credentials : str
+        File of `kvstore.credentials`; calls then need a token or a client certificate that it names. Empty asks for none.
+    tls_cert, tls_key : str
+        PEM files of the server's certificate chain and key; empty serves in plain text.
+    tls_client_ca : str
+        PEM file; clients must then show a certificate that it vouches for (mutual TLS).
     """
 
     redis: str = ""
@@ -81,6 +95,14 @@ class NodeConfig:
     get_timeout_s: float = 60.0
     drain_s: float = 5.0
     max_streams: int = 1024
+    spill: str = ""
+    spill_bytes: int = 0
+    spill_host_bytes: int = 0
+    spill_queue_bytes: int = 64 << 20
+    credentials: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
 
     def __post_init__(self) -> None:
         for name in ("listen", "metrics"):
@@ -99,6 +121,15 @@ class NodeConfig:
         for name in ("heartbeat_s", "get_hold_s", "put_timeout_s", "get_timeout_s", "drain_s", "max_leases", "max_streams"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if bool(self.spill) != (self.spill_bytes > 0):
+            raise ConfigError("--spill DIR and --spill-bytes SIZE belong together; give both or neither")
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            raise ConfigError("--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines can reach the service in plain text."""
+        return not self.tls_cert and not self.listen.startswith(LOOPBACK)
 
 
 def _is_address(text: str) -> bool:

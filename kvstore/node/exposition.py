@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -14,7 +15,10 @@ from kvstore.codecs import PROFILE_WIRE_ID, name_of_wire_id
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
 
-from .engine import NodeEngine, Tally
+from .engine import NodeEngine
+from .plans import Tally
+from .spill import Level, Spill
+from .spill.level import LevelTally
 
 #: A scraper must have sent its request by then.
 REQUEST_TIMEOUT_S = 5.0
@@ -30,19 +34,24 @@ class NodeMetrics:
     engine : NodeEngine
     node : str
         The node's id.
+    spill : Spill, optional
     """
 
-    def __init__(self, metrics: Metrics, engine: NodeEngine, node: str) -> None:
+    def __init__(self, metrics: Metrics, engine: NodeEngine, node: str, spill: Spill | None = None) -> None:
         self.metrics = metrics
         self._engine = engine
         self._node = node
+        self._spill = spill or Spill()
         self._told = Tally()
+        self._told_spill: dict[str, LevelTally] = {}
 
     def refresh(self) -> None:
         """Set all gauges and advance all counters."""
         self._engine.expire()
         self._set_gauges()
         self._advance_counters()
+        for level in self._spill.levels:
+            self._tell_of(level)
 
     def _set_gauges(self) -> None:
         metrics, engine, node = self.metrics, self._engine, self._node
@@ -68,6 +77,20 @@ class NodeMetrics:
         for reason, count in (tally.rejected - told.rejected).items():
             self.metrics.admissions_rejected.labels(node=node, reason=reason).inc(count)
         self._told = Tally(tally.evictions.copy(), tally.demotions.copy(), tally.rejected.copy())
+
+    def _tell_of(self, level: Level) -> None:
+        """A tier's gauges and counters."""
+        place = {"node": self._node, "tier": level.tier.name}
+        self.metrics.spill_bytes.labels(**place, state="used").set(level.used_bytes)
+        self.metrics.spill_bytes.labels(**place, state="free").set(level.capacity_bytes - level.used_bytes)
+        self.metrics.spilled_blocks.labels(**place).set(len(level.entries))
+        tally, told = level.tally, self._told_spill.get(level.tier.name, LevelTally())
+        self.metrics.spill_writes.labels(**place).inc(tally.stored - told.stored)
+        self.metrics.spill_reads.labels(**place).inc(tally.read - told.read)
+        self.metrics.corrupt_blocks.labels(where="spill").inc(tally.corrupt - told.corrupt)
+        for reason, count in (tally.dropped - told.dropped).items():
+            self.metrics.spill_dropped.labels(**place, reason=reason).inc(count)
+        self._told_spill[level.tier.name] = replace(tally, dropped=tally.dropped.copy())
 
 
 class MetricsPage:

@@ -9,12 +9,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 
 from kvstore import eviction
 from kvstore.arena import AccountingError, Arena, PageAllocator, allow_open_files, create, host_identity, keep_freed_memory
 from kvstore.clock import Clock, SystemClock
+from kvstore.credentials import Credentials
 from kvstore.metadata import IndexEntry, InprocMetadata, Metadata, NodeRecord, connect
 from kvstore.metadata.reconcile import Reconciler
 from kvstore.metrics import Metrics
@@ -25,7 +26,10 @@ from .copier import Copier
 from .engine import NodeEngine
 from .exposition import MetricsPage, NodeMetrics
 from .handlers.base import Service
+from .pressure import ClusterOrder
 from .server import Server
+from .spill import Spill, spill_levels
+from .table import Entry
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class StoreNode:
         self.clock = clock or SystemClock()
         self.metrics = metrics or Metrics()
         self.failed = asyncio.Event()
+        self._drained_at = 0.0
         self._given_metadata = metadata
         self._make_server = server
         self._parts = AsyncExitStack()
@@ -103,21 +108,28 @@ class StoreNode:
         stack.callback(self.arena.close)
         copier = Copier(self.arena)
         stack.callback(copier.close)
-        self.engine = NodeEngine(config, clock, policy, PageAllocator(self.arena.pages), self._changed)
-        self.service = Service(self.engine, self.arena, copier, self.metrics, self._identity())
-        self._announcer = Announcer(metadata, lambda: self.record, self._describe, self._keys, config.heartbeat_s)
+        self.spill = Spill(spill_levels(config, clock, self._changed), self._payload)
+        stack.push_async_callback(self._stop_spill)
+        self.engine = NodeEngine(config, clock, policy, PageAllocator(self.arena.pages), self._changed, self.spill)
+        credentials = Credentials.load(config.credentials)
+        self.service = Service(self.engine, self.arena, copier, self.metrics, self._identity(), self.spill, credentials)
+        order = ClusterOrder(self.engine, metadata, self.service.record.incarnation, config.heartbeat_s)
+        self._announcer = Announcer(metadata, lambda: order.sign(self.record), self._describe, self._keys, config.heartbeat_s)
         metrics = None
         if config.metrics:
-            page = MetricsPage(NodeMetrics(self.metrics, self.engine, self.service.record.id))
+            page = MetricsPage(NodeMetrics(self.metrics, self.engine, self.service.record.id, self.spill))
             stack.push_async_callback(page.stop)
             metrics = f"{_reachable(config.metrics)}:{await page.start(config.metrics)}"
         self._server = self._make_server(config, self.service, clock)
         port = await self._server.start(config.listen)
-        stack.push_async_callback(self._server.stop, config.drain_s)
+        stack.push_async_callback(self._stop_server)
         address = f"{config.advertise or _reachable(config.listen)}:{port}"
         self.service.record = replace(self.service.record, address=address, metrics=metrics)
         await self._announcer.start()
-        stack.push_async_callback(self._announcer.stop, config.drain_s)
+        stack.push_async_callback(self._leave)
+        self.spill.start()
+        order.start()
+        stack.push_async_callback(order.stop)
         reconciler = Reconciler(metadata, self.record.incarnation, clock)
         reconciler.start()
         stack.push_async_callback(reconciler.stop)
@@ -125,10 +137,30 @@ class StoreNode:
         stack.callback(sweeper.cancel)
 
     async def stop(self) -> None:
-        """Drain: take no more blocks, leave the cluster, let running reads finish, give the memory back. Safe to call twice."""
+        """Drain, for at most `drain_s` and a half: take no more blocks, leave the cluster, let running reads finish, spill what the arena
+        holds, give the memory back. Safe to call twice.
+        """
         self.service.admitting = False
+        self._drained_at = self.clock.now() + self.config.drain_s
         await self._server.drain()
         await self._parts.aclose()
+
+    def _left_s(self) -> float:
+        """What is left of the time to drain; a moment, when it is over."""
+        return max(self._drained_at - self.clock.now(), self.config.drain_s / 4)
+
+    async def _leave(self) -> None:
+        await self._announcer.stop(self._left_s() / 2)
+
+    async def _stop_server(self) -> None:
+        await self._server.stop(self._left_s())
+
+    async def _stop_spill(self) -> None:
+        """Keep what the arena holds for the next incarnation, oldest first, as far as there is time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._left_s()):
+                await self.spill.drain(sorted(self.engine.table, key=lambda entry: entry.last_use))
+        await self.spill.stop()
 
     def _identity(self) -> NodeRecord:
         rng = self.clock.rng
@@ -147,11 +179,20 @@ class StoreNode:
         self._announcer.touch(key)
 
     def _describe(self, key: bytes) -> IndexEntry | None:
-        entry = self.engine.table.get(key)
-        return None if entry is None else IndexEntry(key, entry.header.total_bytes, entry.header.present)
+        """The block of `key` that a reader would get: of the arena if it is there, else of a tier behind it."""
+        for entry in self.engine.table.named(key):
+            return IndexEntry(key, entry.header.total_bytes, entry.header.present)
+        for _, spilled in self.spill.named(key):
+            return IndexEntry(key, spilled.block_bytes, spilled.fidelity)
+        return None
 
     def _keys(self) -> list[bytes]:
-        return [entry.key for entry in self.engine.table]
+        return list(dict.fromkeys([*(entry.key for entry in self.engine.table), *(spilled.key for _, spilled in self.spill)]))
+
+    def _payload(self, entry: Entry) -> list[bytes]:
+        """A resident block's layers, copied out of the arena."""
+        rows = entry.header.rows[: entry.header.present]
+        return [b"".join(self.arena.read(extents, 0, row.size_bytes)) for extents, row in zip(entry.layers, rows, strict=True)]
 
     async def _sweep_on(self) -> None:
         """End what is over, and verify the account once after each burst of work."""
@@ -168,6 +209,7 @@ class StoreNode:
     def _verify(self) -> None:
         try:
             self.engine.check_sums()
+            self.spill.check()
             if len(self.engine.table) <= DEEP_CHECK_BLOCKS:
                 self.engine.check()
         except AccountingError:

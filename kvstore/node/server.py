@@ -20,6 +20,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from .config import MAX_FRAME_BYTES, NodeConfig
 from .handlers import HANDLERS, Handler, handler_class
 from .handlers.base import Service
+from .tls import server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Server:
     def __init__(self, config: NodeConfig, service: Service, clock: Clock) -> None:
         self._service = service
         self._clock = clock
+        self._tls = server_credentials(config)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=config.max_streams,
@@ -69,12 +71,17 @@ class Server:
             If the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(listen)
+            port = self._bind(listen)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {listen}: {error}; give --listen a free HOST:PORT, or port 0") from error
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return port
+
+    def _bind(self, listen: str) -> int:
+        if self._tls is not None:
+            return self._server.add_secure_port(listen, self._tls)
+        return self._server.add_insecure_port(listen)
 
     async def drain(self) -> None:
         """Tell health checkers that no more calls are wanted."""
@@ -99,6 +106,7 @@ class Server:
             started = self._clock.now()
             try:
                 async with asyncio.timeout(handler.timeout_s):
+                    self._service.caller(context)  # whatever the handler is: no call without a credential, where one is asked for
                     return await handler.call(request, context)
             except TimeoutError:
                 error = DeadlineError(f"{rpc} took longer than {handler.timeout_s:g} s; ask for less in one call")

@@ -7,7 +7,7 @@ the frames of small blocks can share one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kvstore.errors import InvalidInputError
@@ -87,6 +87,23 @@ def get_frame(index: int, status: int, header: bytes = b"", payload: Sequence[Bu
     if not size:
         return head
     return b"".join((head, b"\x22", _encode(size), *payload))
+
+
+def windows(parts: Sequence[Buffer], size: int) -> Iterator[list[Buffer]]:
+    """The bytes of `parts` in runs of `size`, the last one shorter; each run as pieces, nothing copied."""
+    pieces: list[Buffer] = []
+    room = size
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            pieces.append(view[:room])
+            view = view[len(pieces[-1]) :]
+            room -= len(pieces[-1])
+            if not room:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces
 
 
 def pack(frames: Sequence[bytes]) -> bytes:

@@ -9,6 +9,9 @@ import sys
 from kvstore import node
 from kvstore.settings import load, parse_size
 
+SIZES = ("arena", "page_bytes", "spill_bytes", "spill_host_bytes")
+SECURITY = ("credentials", "tls_cert", "tls_key", "tls_client_ca")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; what is not given comes from ``CONCERTINA_NODE__…`` or the default."""
@@ -21,12 +24,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where that memory is (default cpu)")
     parser.add_argument("--policy", metavar="NAME", help="eviction policy (default: the project's)")
     parser.add_argument("--id", metavar="NAME", help="name of the node (default: drawn)")
+    parser.add_argument("--spill", metavar="DIR", help="directory for blocks that the arena has no room for; outlives it (default: none)")
+    parser.add_argument("--spill-bytes", metavar="SIZE", help="bytes that the directory may hold, such as 20GiB")
+    parser.add_argument("--spill-host-bytes", metavar="SIZE", help="host memory for the same, for an arena on a GPU (default 0)")
+    parser.add_argument("--credentials", metavar="FILE", help="JSON of token digests and tenants; calls need a credential then")
+    parser.add_argument("--tls-cert", metavar="FILE", help="PEM of the server's certificate chain (default: plain text)")
+    parser.add_argument("--tls-key", metavar="FILE", help="PEM of its key")
+    parser.add_argument("--tls-client-ca", metavar="FILE", help="PEM; clients must show a certificate that it vouches for (mutual TLS)")
     parser.add_argument("--page-bytes", metavar="SIZE", help="size of a page, a power of two (default 4KiB)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; one JSON line on stdout says when and where."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    names = ("redis", "prefix", "listen", "advertise", "metrics", "device", "policy", "id")
-    sizes = {name: None if (text := getattr(args, name)) is None else parse_size(text) for name in ("arena", "page_bytes")}
-    return node.run(load(node.NodeConfig, "node", **{name: getattr(args, name) for name in names}, **sizes))
+    names = ("redis", "prefix", "listen", "advertise", "metrics", "device", "policy", "id", "spill", *SECURITY)
+    sizes = {name: None if (text := getattr(args, name)) is None else parse_size(text) for name in SIZES}
+    config = load(node.NodeConfig, "node", **{name: getattr(args, name) for name in names}, **sizes)
+    if config.exposed:
+        logging.warning("%s is reached in plain text from other machines; give --tls-cert, or --listen 127.0.0.1:PORT", config.listen)
+    return node.run(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError, Message
 from prometheus_client import Histogram
 
 from kvstore.arena import Arena
+from kvstore.block import EncodedBlock
+from kvstore.credentials import Caller, Credentials
 from kvstore.errors import InvalidInputError
 from kvstore.metadata import NodeRecord
 from kvstore.metrics import Metrics
@@ -19,19 +21,25 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from ..copier import Copier
 from ..engine import NodeEngine
+from ..plans import check_keys
+from ..spill import Spill
+from ..spill.promote import promote
 from ..status import Status
-from ..table import Entry
+from ..table import Entry, block_id
+from ..tls import names_of_peer
 
 
 @dataclass(slots=True)
 class Service:
-    """What handlers work on: the node's parts, and whether it still takes blocks."""
+    """What handlers work on: the node's parts, whose calls it answers, and whether it still takes blocks."""
 
     engine: NodeEngine
     arena: Arena
     copier: Copier
     metrics: Metrics
     record: NodeRecord
+    spill: Spill = field(default_factory=Spill)
+    credentials: Credentials = field(default_factory=Credentials)
     admitting: bool = True
     distortion_keys: Histogram = field(init=False)
     distortion_values: Histogram = field(init=False)
@@ -40,6 +48,51 @@ class Service:
         series = self.metrics.block_distortion
         self.distortion_keys = series.labels(node=self.record.id, part="keys")
         self.distortion_values = series.labels(node=self.record.id, part="values")
+
+    def caller(self, context: grpc.aio.ServicerContext) -> Caller:
+        """Whose call this is. Raises AuthenticationError where a credential is asked for and there is none that is known."""
+        if not self.credentials.required:
+            return self.credentials.caller(())
+        return self.credentials.caller(context.invocation_metadata() or (), names_of_peer(context))
+
+    def ids(self, caller: Caller, keys: Sequence[bytes]) -> list[bytes]:
+        """The ids of the blocks that a caller means by `keys`: its own, and for an admin anybody's where it has none itself.
+
+        Raises
+        ------
+        InvalidInputError
+            For too many keys, or one that is not 32 bytes.
+        """
+        check_keys(keys)
+        if not caller.tenant:
+            return list(keys)
+        own = [block_id(caller.tenant, key) for key in keys]
+        if not caller.admin:
+            return own
+        return [next(iter(self.every_id(key)), id) if self._absent(id) else id for key, id in zip(keys, own, strict=True)]
+
+    def every_id(self, key: bytes) -> list[bytes]:
+        """The ids of all blocks of a key, resident or spilled, whoever owns them."""
+        ids = [entry.id for entry in self.engine.table.named(key)] + [id for id, _ in self.spill.named(key)]
+        return list(dict.fromkeys(ids))
+
+    async def promote(self, ids: Sequence[bytes]) -> None:
+        """Bring spilled blocks back into the arena, as far as it has room for them."""
+        for id in ids:
+            if self.engine.table.get(id) is None:
+                async with self.spill.reading(id) as block:
+                    if block is not None:
+                        await self.promote_read(id, block)
+
+    async def promote_read(self, id: bytes, block: EncodedBlock) -> None:
+        """The same for a block that has just been read, unless its owner has dropped it meanwhile."""
+        spilled = self.spill.find(id)
+        if spilled is not None and self.admitting:
+            request = self.engine.request(after=block_id(spilled.owner, block.header.parent))
+            await promote(self.engine, self.arena, self.copier, block, spilled.owner, request)
+
+    def _absent(self, id: bytes) -> bool:
+        return self.engine.table.get(id) is None and self.spill.find(id) is None
 
 
 class Handler(ABC):
@@ -77,11 +130,11 @@ class UnaryHandler(Handler):
     """One message in, one out."""
 
     async def call(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return (await self.answer(self.parse(request))).SerializeToString()
+        return (await self.answer(self.parse(request), self.service.caller(context))).SerializeToString()
 
     @abstractmethod
-    async def answer(self, request: Any) -> Message:
-        """The response to a parsed request."""
+    async def answer(self, request: Any, caller: Caller) -> Message:
+        """The response to a parsed request. It must not tell `caller`, unless an admin, of anybody else's blocks."""
 
 
 def summary(entry: Entry, now: float, pinned: bool) -> pb.BlockSummary:

@@ -13,7 +13,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from ..config import FRAME_BYTES
 from ..engine import Found
 from ..status import Status
-from ..wire import get_frame, pack
+from ..wire import get_frame, pack, windows
 from .base import Handler
 
 #: Where the caller reads packed frames, a message is filled up to here.
@@ -33,14 +33,15 @@ class Get(Handler):
     async def call(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         asked = self.parse(request)
         engine = self.service.engine
-        plan, lease = engine.plan_get(asked.keys, asked.max_fidelity, engine.request(asked.input_tokens))
+        ids = self.service.ids(self.service.caller(context), asked.keys)
+        plan, lease = engine.plan_get(ids, asked.max_fidelity, engine.reading(ids, asked.input_tokens))
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
-                if found is None or not engine.intact(found):
-                    await outgoing.send(get_frame(index, Status.NOT_FOUND))
-                else:
+                if found is not None and engine.intact(found):
                     await self._send(index, found, outgoing)
+                else:
+                    await self._send_spilled(index, ids[index], asked.max_fidelity, outgoing)
             await outgoing.flush()
         finally:
             engine.release(lease)
@@ -57,6 +58,19 @@ class Get(Handler):
                 return
             await outgoing.send(get_frame(index, Status.OK, header, pieces))
             header = b""
+
+    async def _send_spilled(self, index: int, id: bytes, max_fidelity: int, outgoing: Outgoing) -> None:
+        """A block that the arena does not have, from a tier behind it, and back into the arena; NOT_FOUND if no tier has it either."""
+        async with self.service.spill.reading(id) as block:
+            if block is None:
+                await outgoing.send(get_frame(index, Status.NOT_FOUND))
+                return
+            part = block.truncate(max_fidelity) if 0 < max_fidelity < block.header.present else block
+            header = part.header.to_bytes()
+            for pieces in windows(part.payload, FRAME_BYTES):
+                await outgoing.send(get_frame(index, Status.OK, header, pieces))
+                header = b""
+            await self.service.promote_read(id, block)
 
 
 class Outgoing:

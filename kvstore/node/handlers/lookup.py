@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.credentials import Caller
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from ..status import Status
@@ -13,12 +14,12 @@ class Lookup(UnaryHandler):
 
     request_type = pb.LookupRequest
 
-    async def answer(self, request: pb.LookupRequest) -> pb.LookupResponse:
+    async def answer(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
         engine = self.service.engine
-        entries, lease = engine.lookup(request.keys, request.lease_ms / 1000)
+        entries, lease = engine.lookup(self.service.ids(caller, request.keys), request.lease_ms / 1000)
         now = engine.clock.now()
         blocks = [
-            pb.BlockSummary(key=key, status=Status.NOT_FOUND) if entry is None else summary(entry, now, key in engine.pins)
+            pb.BlockSummary(key=key, status=Status.NOT_FOUND) if entry is None else summary(entry, now, entry.id in engine.pins)
             for key, entry in zip(request.keys, entries, strict=True)
         ]
         return pb.LookupResponse(blocks=blocks, lease_id=lease, incarnation=self.service.record.incarnation)

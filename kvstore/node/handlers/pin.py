@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.credentials import Caller
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import UnaryHandler
@@ -12,5 +13,7 @@ class Pin(UnaryHandler):
 
     request_type = pb.PinRequest
 
-    async def answer(self, request: pb.PinRequest) -> pb.PinResponse:
-        return pb.PinResponse(statuses=self.service.engine.pin(request.keys, request.ttl_seconds))
+    async def answer(self, request: pb.PinRequest, caller: Caller) -> pb.PinResponse:
+        ids = self.service.ids(caller, request.keys)
+        await self.service.promote(ids)
+        return pb.PinResponse(statuses=self.service.engine.pin(ids, request.ttl_seconds))

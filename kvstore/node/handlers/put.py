@@ -15,8 +15,11 @@ from ..config import MAX_FRAME_BYTES, MAX_KEYS
 from ..copier import BlockWriter
 from ..engine import Reservation
 from ..status import Status
+from ..table import block_id
 from ..wire import PutFrame, parse_put
 from .base import Handler, Service
+
+DRAINING = "this node is shutting down and takes no more blocks; put them on another"
 
 
 class Put(Handler):
@@ -31,8 +34,8 @@ class Put(Handler):
 
     async def call(self, request: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         if not self.service.admitting:
-            raise TransportError("this node is shutting down and takes no more blocks; put them on another")
-        incoming = Incoming(self.service)
+            raise TransportError(DRAINING)
+        incoming = Incoming(self.service, self.service.caller(context).tenant)
         try:
             async for message in request:
                 for frame in parse_put(message):
@@ -49,10 +52,12 @@ class Incoming:
     `statuses` has the outcome of each finished block, by index; `open` says whether one more has begun.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, owner: str = "") -> None:
         self.statuses: list[Status] = []
         self._service = service
+        self._owner = owner
         self._request: Request | None = None
+        self._last_key = b""
         self.open = False
         self._reservation: Reservation | None = None
         self._writer: BlockWriter | None = None
@@ -105,10 +110,10 @@ class Incoming:
             self._service.engine.abort(reservation)
 
     def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
+        if not self._service.admitting:
+            raise TransportError(DRAINING)
         self.open = True
         engine = self._service.engine
-        if self._request is None:
-            self._request = engine.request(input_tokens)
         try:
             header = BlockHeader.from_bytes(header_bytes)
         except CorruptBlockError:
@@ -117,7 +122,10 @@ class Incoming:
         if header.header_bytes != len(header_bytes):
             self._refuse()
             return
-        decision = engine.reserve(header, self._request)
+        if self._request is None or header.parent != self._last_key:
+            self._request = engine.request(input_tokens, block_id(self._owner, header.parent))
+        self._last_key = header.key
+        decision = engine.reserve(header, self._request, self._owner)
         if isinstance(decision, Status):
             self._refusal = decision
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.credentials import Caller
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import UnaryHandler
@@ -12,6 +13,6 @@ class Release(UnaryHandler):
 
     request_type = pb.ReleaseRequest
 
-    async def answer(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
+    async def answer(self, request: pb.ReleaseRequest, caller: Caller) -> pb.ReleaseResponse:
         self.service.engine.release(request.lease_id)
         return pb.ReleaseResponse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.credentials import Caller
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import UnaryHandler
@@ -12,7 +13,8 @@ class Stats(UnaryHandler):
 
     request_type = pb.StatsRequest
 
-    async def answer(self, request: pb.StatsRequest) -> pb.StatsResponse:
+    async def answer(self, request: pb.StatsRequest, caller: Caller) -> pb.StatsResponse:
+        caller.require_admin("Stats, which tells of everybody's blocks,")
         engine, record = self.service.engine, self.service.record
         engine.expire()
         return pb.StatsResponse(

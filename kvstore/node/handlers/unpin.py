@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.credentials import Caller
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import UnaryHandler
@@ -12,5 +13,5 @@ class Unpin(UnaryHandler):
 
     request_type = pb.UnpinRequest
 
-    async def answer(self, request: pb.UnpinRequest) -> pb.UnpinResponse:
-        return pb.UnpinResponse(statuses=self.service.engine.unpin(request.keys))
+    async def answer(self, request: pb.UnpinRequest, caller: Caller) -> pb.UnpinResponse:
+        return pb.UnpinResponse(statuses=self.service.engine.unpin(self.service.ids(caller, request.keys)))
