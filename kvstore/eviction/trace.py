@@ -74,9 +74,15 @@ class Trace:
 
     def part(self, start: int, stop: int) -> Trace:
         """Requests `start` to `stop` as a trace of their own."""
-        builder = _Builder(f"{self.name}[{start}:{stop}]")
-        for request in self.requests[start:stop]:
-            builder.add(request.now, request.input_tokens, request.blocks)
+        requests = ((request.now, request.input_tokens, request.blocks) for request in self.requests[start:stop])
+        return Trace.of(f"{self.name}[{start}:{stop}]", requests)
+
+    @classmethod
+    def of(cls, name: str, requests: Iterable[tuple[float, int, Iterable[Any]]]) -> Trace:
+        """From seconds, prompt tokens and block ids of each request. Raises ValueError for ids that are no chained prefix hashes."""
+        builder = _Builder(name)
+        for now, input_tokens, ids in requests:
+            builder.add(now, input_tokens, ids)
         return builder.trace
 
 

@@ -9,4 +9,7 @@ from __future__ import annotations
 #: Benchmark -> (module, one line of help). ``make bench`` runs all, in this order.
 BENCHES: dict[str, tuple[str, str]] = {
     "codecs": ("services.bench.codecs", "encode and decode of every codec, against a memory copy and the model's own prefill"),
+    "eviction": ("services.bench.eviction", "live nodes against the replay, a working set that outgrows memory, and puts under eviction"),
+    "serving": ("services.bench.serving", "the engine beside plain transformers and vLLM, and what gRPC and HTTP cost; --load: overload"),
+    "ttft": ("services.bench.ttft", "time to first token cold and warm, by codec and path, and under many requests at once"),
 }
