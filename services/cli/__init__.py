@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("services.cli.up", "bring a whole system up on this machine"),
     "down": ("services.cli.down", "take a system down again"),
     "status": ("services.cli.status", "show endpoints, nodes and memory of a running system"),
+    "top": ("services.cli.top", "watch nodes and workers of a running system, live"),
+    "console": ("services.cli.console", "serve a web page that watches a running system"),
     "generate": ("services.cli.generate", "ask the model of a running system"),
     "blocks": ("services.cli.blocks", "list, pin, evict or clear the blocks of the store"),
     "plan": ("services.cli.plan", "plan memory: what a model's KV cache takes under each codec"),

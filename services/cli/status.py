@@ -47,13 +47,13 @@ def status(name: str) -> dict[str, Any]:
         "workers": rows(workers, WORKER_FIELDS),
         "redis": system.redis,
         "prometheus": None,
-        "console": None,
+        "console": record.console_of(system),
     }
 
 
 def _text(found: dict[str, Any]) -> str:
     lines = [f"{found['name']}: {found['model'] or 'store alone'}, codec {found['codec']}"]
-    lines += [f"  {kind:10} {found[kind]}" for kind in ("inference", "http", "redis") if found[kind]]
+    lines += [f"  {kind:10} {found[kind]}" for kind in ("inference", "http", "redis", "console") if found[kind]]
     for node in found["nodes"]:
         used, arena = format_size(node["used_bytes"]), format_size(node["arena_bytes"])
         lines.append(f"  node       {node['id']} at {node['address']}: {used} of {arena} on {node['device']}, {node['blocks']} blocks")

@@ -22,6 +22,7 @@ from kvstore.settings import state_dir
 
 DEFAULT_NAME = "default"
 STARTING, UP = "starting", "up"
+_CONSOLE = "console.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -127,6 +128,25 @@ def load(name: str) -> SystemRecord | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is damaged ({error}); end its processes yourself and remove {path.parent}") from error
+
+
+def note_console(system: SystemRecord, url: str | None) -> None:
+    """Write down where the web page of `system` is, beside its record, by the process that serves it; None when it ends."""
+    path = system.directory / _CONSOLE
+    if url is None:
+        path.unlink(missing_ok=True)
+    elif path.parent.is_dir():
+        path.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+
+
+def console_of(system: SystemRecord) -> str | None:
+    """Its web page, if one is being served."""
+    try:
+        noted = json.loads((system.directory / _CONSOLE).read_text())
+        os.kill(noted["pid"], 0)
+        return noted["url"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def require(name: str) -> SystemRecord:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import urllib.request
 
 import pytest
 
@@ -39,6 +41,8 @@ def test_two_systems_side_by_side_and_each_down_ends_its_own(cli):
     assert not marked("left-")
     assert len(cli.json("status", "--name", "right")["nodes"]) == 1
     assert cli.json("blocks", "ls", "--name", "right") == []
+    (node,) = cli.json("top", "--name", "right", "--count", "1")["nodes"]
+    assert node["used_bytes"] == 0 and node["free_bytes"] == node["arena_bytes"] == 8 << 20
     assert cli.run("down", "--name", "right").returncode == 0
     assert_nothing_left(cli, "right")
 
@@ -87,6 +91,19 @@ def test_a_redis_that_does_not_answer_is_refused(cli):
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stderr
     assert_nothing_left(cli, "alone")
+
+
+def test_the_console_is_in_the_status_as_long_as_it_is_served(cli):
+    assert cli.run("up", "--name", "seen", "--nodes", "1", *SMALL).returncode == 0
+    console = cli.start("console", "--name", "seen")
+    until(lambda: cli.json("status", "--name", "seen")["console"], what="the console")
+    with urllib.request.urlopen(cli.json("status", "--name", "seen")["console"] + "/sample", timeout=10) as reply:
+        assert [node["blocks"] for node in json.load(reply)["nodes"]] == [0]
+    console.send_signal(signal.SIGTERM)
+    assert console.wait(20) == 0
+    assert cli.json("status", "--name", "seen")["console"] is None
+    assert cli.run("down", "--name", "seen").returncode == 0
+    assert_nothing_left(cli, "seen")
 
 
 def test_foreground_stays_until_it_is_told(cli):
