@@ -179,12 +179,10 @@ class StoreNode:
         self._announcer.touch(key)
 
     def _describe(self, key: bytes) -> IndexEntry | None:
-        """The block of `key` that a reader would get: of the arena if it is there, else of a tier behind it."""
-        for entry in self.engine.table.named(key):
-            return IndexEntry(key, entry.header.total_bytes, entry.header.present)
-        for _, spilled in self.spill.named(key):
-            return IndexEntry(key, spilled.block_bytes, spilled.fidelity)
-        return None
+        """The block of `key` that a reader would get: of the arena, unless a tier behind it has more of it."""
+        found = [IndexEntry(key, entry.header.total_bytes, entry.header.present) for entry in self.engine.table.named(key)]
+        found += [IndexEntry(key, spilled.block_bytes, spilled.fidelity) for _, spilled in self.spill.named(key)]
+        return max(found, key=lambda entry: entry.fidelity, default=None)
 
     def _keys(self) -> list[bytes]:
         return list(dict.fromkeys([*(entry.key for entry in self.engine.table), *(spilled.key for _, spilled in self.spill)]))

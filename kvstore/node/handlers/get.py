@@ -38,15 +38,23 @@ class Get(Handler):
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
-                if found is not None and engine.intact(found):
-                    await self._send(index, found, outgoing)
-                else:
-                    await self._send_spilled(index, ids[index], asked.max_fidelity, outgoing)
+                await self._send(index, ids[index], found, asked.max_fidelity, outgoing)
             await outgoing.flush()
         finally:
             engine.release(lease)
 
-    async def _send(self, index: int, found: Found, outgoing: Outgoing) -> None:
+    async def _send(self, index: int, id: bytes, found: Found | None, max_fidelity: int, outgoing: Outgoing) -> None:
+        """One block: the best copy that the node has, and NOT_FOUND where it has none."""
+        resident = found is not None and self.service.engine.intact(found)
+        best = resident and not self.service.spill.has_better(id, found.header, max_fidelity)
+        if not best and await self._send_spilled(index, id, max_fidelity, outgoing):
+            return
+        if found is not None:
+            await self._send_resident(index, found, outgoing)
+        else:
+            await outgoing.send(get_frame(index, Status.NOT_FOUND))
+
+    async def _send_resident(self, index: int, found: Found, outgoing: Outgoing) -> None:
         header = found.header.to_bytes()
         size = found.header.payload_bytes
         for offset in range(0, size, FRAME_BYTES):
@@ -59,18 +67,18 @@ class Get(Handler):
             await outgoing.send(get_frame(index, Status.OK, header, pieces))
             header = b""
 
-    async def _send_spilled(self, index: int, id: bytes, max_fidelity: int, outgoing: Outgoing) -> None:
-        """A block that the arena does not have, from a tier behind it, and back into the arena; NOT_FOUND if no tier has it either."""
+    async def _send_spilled(self, index: int, id: bytes, max_fidelity: int, outgoing: Outgoing) -> bool:
+        """A block from a tier behind the arena, and back into it. Returns whether there was one."""
         async with self.service.spill.reading(id) as block:
             if block is None:
-                await outgoing.send(get_frame(index, Status.NOT_FOUND))
-                return
+                return False
             part = block.truncate(max_fidelity) if 0 < max_fidelity < block.header.present else block
             header = part.header.to_bytes()
             for pieces in windows(part.payload, FRAME_BYTES):
                 await outgoing.send(get_frame(index, Status.OK, header, pieces))
                 header = b""
             await self.service.promote_read(id, block)
+            return True
 
 
 class Outgoing:

@@ -10,8 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
-from kvstore.block import EncodedBlock
+from kvstore.block import BlockHeader, EncodedBlock
 
+from ..quality import is_better
 from ..table import Entry
 from .base import Buffer
 from .level import Level, Spilled
@@ -67,6 +68,13 @@ class Spill:
     def find(self, id: bytes) -> Spilled | None:
         """A block that can be read."""
         return next((level.entries[id] for level in self.levels if id in level.entries), None)
+
+    def has_better(self, id: bytes, header: BlockHeader, max_fidelity: int = 0) -> bool:
+        """Whether a reader who wants at most `max_fidelity` (0: all) gets more from here than from a resident block of this header."""
+        spilled = self.find(id)
+        if spilled is None or spilled.fidelity <= header.present or 0 < max_fidelity <= header.present:
+            return False
+        return is_better(spilled.header, header)
 
     def named(self, key: bytes) -> list[tuple[bytes, Spilled]]:
         """Id and entry of every spilled block of this key, whoever owns it."""
