@@ -1,7 +1,7 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test sim lint protos lock image
+.PHONY: help setup model demo up down test sim fault lint protos lock image bench
 
 PYTHON ?= python3
 MODEL ?=
@@ -10,7 +10,8 @@ WORKERS ?= 1
 TESTS ?=
 N ?= 1000
 SEED ?= 1
-JOBS ?= 1
+JOBS ?= 0
+REPS ?= 20
 IMAGE ?= concertina:dev
 
 BIN := .venv/bin
@@ -22,7 +23,7 @@ STAMP := .venv/.setup-$(shell { cat $(SETUP_FILES); echo "$(CURDIR)"; } | cksum 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), IMAGE=$(IMAGE)"
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), REPS=$(REPS), IMAGE=$(IMAGE)"
 
 setup: $(STAMP) model ## make .venv from the lock and fetch the default model (once; then it takes a moment)
 
@@ -52,8 +53,14 @@ down: ## end what `make up` started
 test: setup ## all tests that need no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
 
-sim: setup ## simulate N clusters on virtual time, seeds SEED and up, in JOBS processes; what fails is replayed by `make test` for ever
+sim: setup ## simulate N clusters on virtual time, seeds SEED and up, on JOBS cores (0: all); what fails is replayed by `make test` for ever
 	$(BIN)/python -m tests.sim --n $(N) --seed $(SEED) --jobs $(JOBS)
+
+bench: setup ## all benchmarks: results to tests/bench, the README's plots from them to deploy/docs; tens of minutes
+	$(BIN)/concertina bench all --out tests/bench --plots deploy/docs
+
+fault: setup ## make each fault of tests/fault REPS times on real processes, and judge every byte, deadline and pin
+	$(BIN)/python -m tests.fault --reps $(REPS)
 
 lint: setup ## ruff, import layers, buf, sizes of files and functions, generated protos up to date
 	$(BIN)/ruff check .

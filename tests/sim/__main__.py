@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections import Counter
@@ -23,12 +24,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=main.__doc__)
     parser.add_argument("--n", type=int, default=1000, help="number of seeds (default 1000)")
     parser.add_argument("--seed", type=int, default=1, help="the first of them (default 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a line")
     args = parser.parse_args()
     began, counts, failed = time.monotonic(), Counter(), {}
     virtual_s = 0.0
-    for result in _progress(_results(range(args.seed, args.seed + args.n), args.jobs), args.n):
+    for result in _progress(_results(range(args.seed, args.seed + args.n), args.jobs or os.cpu_count() or 1), args.n):
         counts += result.counts
         virtual_s += result.seconds
         if result.violations:

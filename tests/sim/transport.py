@@ -105,6 +105,7 @@ class Call:
         self.address = address
         self.messages: asyncio.Queue[Any] = asyncio.Queue()
         self.response: bytes | None = None
+        self._abandoned = False
         self._window = asyncio.Semaphore(WINDOW)
         self.server: SimServer | None = None
         self.task: asyncio.Task | None = None
@@ -123,6 +124,8 @@ class Call:
             return
         server.serve(self, rpc, request)
         network.history.note(rpc, self.client, server.host)
+        if self._abandoned:
+            self.abandon()
         if isinstance(request, bytes) and network.rng.random() < network.knobs.duplicate:
             network.history.note("duplicate", rpc)
             server.serve(Call(self.wire, self.client, self.address), rpc, request)
@@ -158,6 +161,7 @@ class Call:
 
     def abandon(self) -> None:
         """The client waits no longer; the node hears of it later, if it does."""
+        self._abandoned = True
         if self.task is not None and not self.task.done():
             self.wire.in_background(self._cancel(self.task))
 
