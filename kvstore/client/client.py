@@ -16,6 +16,7 @@ from .fetch import Demand, Fetched, Fetcher, OnBlock
 from .lookup import Hit, Lookup
 from .membership import Membership
 from .publish import Publisher
+from .security import Security
 from .transport import GrpcTransport, Transport
 
 
@@ -46,7 +47,7 @@ class KvClient:
         self.metrics = metrics or Metrics()
         clock = clock or SystemClock()
         self.metadata = metadata or connect(config.redis_url, config.prefix, config.redis_timeout_s)
-        self._transport = transport or GrpcTransport()
+        self._transport = transport or GrpcTransport(Security.of(config))
         self._membership = Membership(
             self.metadata, clock, self.metrics, config.refresh_s, config.suspect_s, changed=self._transport.keep
         )

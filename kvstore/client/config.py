@@ -35,6 +35,20 @@ class ClientConfig:
         Published in one round: one lookup, one Put stream to each node.
     put_timeout_s, rpc_timeout_s : float
         Deadlines of one Put stream, and of each administrative call.
+    credential : str
+        File with the token to show to nodes; empty for none.
+    tls_ca : str
+        PEM file of the authorities that vouch for nodes, or ``system``; empty for plain text.
+    tls_cert, tls_key : str
+        PEM files of the client's own certificate and key, where nodes ask for one.
+    tls_name : str
+        Name in the nodes' certificates, where it is not the host in their addresses.
+    paths : str
+        The ways beside gRPC by which blocks may travel, apart by commas: ``local`` (shared memory of a node on this host), ``tcp``.
+    fetch_bytes : int
+        Of the blocks of one fetch; what is beyond is a miss.
+    buffer_bytes : int
+        Unused buffers kept for the next fetch, until nothing has been fetched for a while.
     """
 
     redis_url: str = "redis://127.0.0.1:6379/0"
@@ -52,9 +66,21 @@ class ClientConfig:
     batch_bytes: int = 64 << 20
     put_timeout_s: float = 5.0
     rpc_timeout_s: float = 5.0
+    credential: str = ""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_name: str = ""
+    paths: str = "local,tcp"
+    fetch_bytes: int = 4 << 30
+    buffer_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, str) and not value > 0:
                 raise ConfigError(f"client setting {field.name} must be above 0, not {value!r}")
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
+            raise ConfigError("client settings tls_cert and tls_key belong together, and need tls_ca (a PEM file, or system)")
+        if unknown := set(filter(None, self.paths.split(","))) - {"local", "tcp"}:
+            raise ConfigError(f"client setting paths knows local and tcp, not {', '.join(sorted(unknown))}")

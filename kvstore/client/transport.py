@@ -16,6 +16,8 @@ import grpc.aio
 from kvstore.errors import error_for_status
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
+from .security import Security
+
 SERVICE = "/concertina.kvstore.v1.KVStoreService/"
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -54,12 +56,13 @@ class Transport(Protocol):
 class GrpcTransport:
     """See `Transport`. One channel to each address, opened on use."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security | None = None) -> None:
+        self._security = security or Security()
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def get(self, address: str, request: pb.GetRequest, timeout_s: float) -> AsyncIterator[bytes]:
         rpc = self._channel(address).unary_stream(SERVICE + "Get", request_serializer=pb.GetRequest.SerializeToString)
-        call = rpc(request, timeout=timeout_s)
+        call = rpc(request, timeout=timeout_s, metadata=self._security.metadata)
         try:
             with _translated(address):
                 async for message in call:
@@ -70,7 +73,7 @@ class GrpcTransport:
     async def put(self, address: str, messages: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
         rpc = self._channel(address).stream_unary(SERVICE + "Put", response_deserializer=pb.PutResponse.FromString)
         with _translated(address):
-            return await rpc(iter(messages), timeout=timeout_s)
+            return await rpc(iter(messages), timeout=timeout_s, metadata=self._security.metadata)
 
     async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
         response = getattr(pb, f"{rpc}Response")
@@ -78,7 +81,7 @@ class GrpcTransport:
             SERVICE + rpc, request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
         )
         with _translated(address):
-            return await stub(request, timeout=timeout_s)
+            return await stub(request, timeout=timeout_s, metadata=self._security.metadata)
 
     async def keep(self, addresses: set[str]) -> None:
         for address in set(self._channels) - addresses:
@@ -90,7 +93,7 @@ class GrpcTransport:
     def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._channels[address] = self._security.channel(address, CHANNEL_OPTIONS)
         return channel
 
 

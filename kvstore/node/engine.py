@@ -83,7 +83,7 @@ class NodeEngine:
         self.reserved_pages = 0
         self.changes = 0  # rises with every change of pages, so that idleness can be seen
         arena = allocator.pages * config.page_bytes
-        self.leases = LeaseTable(config.max_leases, int(arena * config.lease_share))
+        self.leases = LeaseTable(config.max_leases, int(arena * config.lease_share), clock.rng)
         self.pins = PinTable(int(arena * config.pin_share))
         self._on_change = on_change
         self._overflow = overflow

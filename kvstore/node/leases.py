@@ -6,8 +6,8 @@ Both are bounded in time, number and bytes, so that no caller, however slow or m
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
+import random
 from collections.abc import Sequence
 
 
@@ -20,18 +20,20 @@ class LeaseTable:
         Leases held at one time.
     max_bytes : int
         Bytes under lease at one time; a block leased twice counts twice.
+    rng : random.Random
+        Draws the names of leases: whoever ends one must have been told it.
 
     `bytes` and `holds` are the sums over the leases that are held.
     """
 
-    def __init__(self, max_leases: int, max_bytes: int) -> None:
+    def __init__(self, max_leases: int, max_bytes: int, rng: random.Random) -> None:
         self.max_leases = max_leases
         self.max_bytes = max_bytes
         self.bytes = 0
         self.holds = 0
         self._leases: dict[int, tuple[list[bytes], int]] = {}
         self._expiry: list[tuple[float, int]] = []
-        self._ids = itertools.count(1)
+        self._rng = rng
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -56,7 +58,7 @@ class LeaseTable:
                 taken += size_bytes
         if not keys:
             return 0, []
-        lease = next(self._ids)
+        lease = self._rng.getrandbits(63) | 1
         self._leases[lease] = (keys, taken)
         self.bytes += taken
         self.holds += len(keys)

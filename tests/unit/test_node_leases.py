@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 from kvstore.node.leases import LeaseTable, PinTable
 
 
 def test_a_lease_takes_the_longest_run_that_the_bytes_allow() -> None:
-    leases = LeaseTable(max_leases=10, max_bytes=100)
+    leases = LeaseTable(max_leases=10, max_bytes=100, rng=random.Random(1))
     lease, keys = leases.grant([(b"a", 40), (b"b", 40), (b"c", 40)], until=5.0)
     assert lease
     assert keys == [b"a", b"b"]
@@ -18,13 +20,13 @@ def test_a_lease_takes_the_longest_run_that_the_bytes_allow() -> None:
 
 
 def test_leases_are_bounded_in_number() -> None:
-    leases = LeaseTable(max_leases=2, max_bytes=100)
+    leases = LeaseTable(max_leases=2, max_bytes=100, rng=random.Random(1))
     granted = [leases.grant([(b"a", 1)], until=1.0)[0] for _ in range(3)]
     assert [bool(lease) for lease in granted] == [True, True, False]
 
 
 def test_leases_end_by_themselves_and_early_releases_leave_no_trace() -> None:
-    leases = LeaseTable(max_leases=1000, max_bytes=10_000)
+    leases = LeaseTable(max_leases=1000, max_bytes=10_000, rng=random.Random(1))
     early = [leases.grant([(b"e", 1)], until=100.0)[0] for _ in range(500)]
     late, _ = leases.grant([(b"l", 1)], until=2.0)
     for lease in early:
