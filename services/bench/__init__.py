@@ -1,7 +1,7 @@
 """Benchmarks: one file each, found through `BENCHES` and imported only when it is run.
 
 A benchmark module has ``configure(parser)``, which adds its own arguments; ``run(args) -> Result``; and ``render(result) -> str``, which
-makes the table for people from nothing but the result. `base.py` holds `Result` and the helpers of all of them.
+makes the table for people from nothing but the result. It may have ``plot(result) -> str``, an SVG. `base.py` holds `Result` and the helpers of all of them.
 """
 
 from __future__ import annotations

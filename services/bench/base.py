@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     ratios: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Result:
+        """What `to_json` gave, without what it ran on."""
+        return cls(**{f.name: found[f.name] for f in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """The whole object, with what it ran on."""
