@@ -1,20 +1,35 @@
-"""``concertina worker``: inference workers in a Ray of their own, until SIGTERM."""
+"""``concertina worker``: inference workers in a Ray of their own, until SIGTERM. SIGUSR1 renews them without losing a request."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import queue
 import re
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from kvstore import errors
-from kvstore.errors import ConcertinaError, ConfigError, TransportError
-from services.system.checks import check_codec, check_device, check_engine, check_listen, check_profile, check_redis, local_model
+from kvstore.errors import ConcertinaError, TransportError
+from services.system.checks import (
+    check_codec,
+    check_count,
+    check_device,
+    check_engine,
+    check_listen,
+    check_profile,
+    check_redis,
+    check_replicas,
+    local_model,
+)
+
+if TYPE_CHECKING:
+    from services.worker.options import WorkerArgs
 
 READY_TIMEOUT_S = 60.0
 APPLICATION = "concertina"
@@ -30,6 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="FILE", help="profile for the codec (default: found, or made in the background)")
     parser.add_argument("--ratio", type=float, help="compression ratio that the codec is asked for, where it can be")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="replicas, one a GPU (%(default)s)")
+    parser.add_argument("--min-workers", type=int, metavar="N", help="let their number follow the requests, not below this")
+    parser.add_argument("--max-workers", type=int, metavar="N", help="nor above this (default: --workers)")
+    parser.add_argument("--drain", type=float, default=10.0, metavar="S", help="time for a replica to finish its answers (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--engine", default="transformers", help="what runs the model (%(default)s)")
     parser.add_argument("--tenants", metavar="FILE", help="JSON of token digests and tenants; calls then need a bearer token")
@@ -45,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     host, port = check_listen(args.listen, "--listen")
     http = "{}:{}".format(*check_listen(args.http, "--http"))
     check_listen(args.metrics, "--metrics")
-    if args.workers < 1:
-        raise ConfigError(f"--workers must be at least 1, not {args.workers}")
+    check_replicas(args.workers, args.min_workers, args.max_workers)
+    check_count("--drain", args.drain, 0, 3600)
     model = local_model(args.model)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
@@ -69,25 +87,63 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _serve(args: argparse.Namespace, model: Path, grpc: str, http: str) -> int:
     from services.worker.private_ray import private_ray
 
-    threads = max(1, (os.cpu_count() or 1) // args.workers)
-    gpus = args.workers if args.device == "cuda" else 0
-    with private_ray(args.scratch, cpus=args.workers, gpus=gpus, threads=threads):
+    most = max(args.workers, args.max_workers or 0)
+    threads = max(1, (os.cpu_count() or 1) // most)
+    gpus = most if args.device == "cuda" else 0
+    renewals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with private_ray(args.scratch, cpus=most, gpus=gpus, threads=threads):
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
-        _start(args, model, grpc, http)
+        signal.signal(signal.SIGUSR1, lambda signum, frame: renewals.put(signum))
+        arguments = _arguments(args, model, grpc, http)
+        _start(arguments, grpc, http)
         ready = {"inference": grpc, "http": f"http://{http}", "model": model.name, "codec": args.codec, "workers": args.workers}
         print(json.dumps(ready | {"pid": os.getpid()}))
         sys.stdout.flush()
-        while True:
-            signal.pause()
+        while renewals.get():
+            arguments = arguments.model_copy(update={"generation": arguments.generation + 1})
+            _renew(arguments)
+    return 0
 
 
-def _start(args: argparse.Namespace, model: Path, grpc: str, http: str) -> None:
+def _arguments(args: argparse.Namespace, model: Path, grpc: str, http: str) -> WorkerArgs:
+    """What each replica is told; `grpc` and `http` are ``host:port``."""
+    from services.worker.options import WorkerArgs
+
+    return WorkerArgs(
+        model=str(model),
+        redis=args.redis,
+        engine=args.engine,
+        codec=args.codec,
+        profile=args.profile and str(Path(args.profile).absolute()),
+        ratio=args.ratio,
+        device=args.device,
+        replicas=args.workers,
+        min_replicas=args.min_workers,
+        max_replicas=args.max_workers,
+        drain_s=args.drain,
+        address=grpc,
+        http=f"http://{http}",
+        metrics=args.metrics,
+        internal_host="127.0.0.1",
+        tenants=args.tenants,
+    )
+
+
+def _renew(arguments: WorkerArgs) -> None:
+    """Put new replicas in the place of the old ones, which answer until then. Where that fails, the old ones stay."""
+    print("concertina worker: renewing the replicas", file=sys.stderr, flush=True)
+    try:
+        _deploy(arguments)
+    except ConcertinaError as error:
+        print(f"concertina worker: the replicas were not renewed: {error}", file=sys.stderr, flush=True)
+
+
+def _start(arguments: WorkerArgs, grpc: str, http: str) -> None:
     """Start Serve and the application in the Ray that runs, and wait until it answers at both addresses (``host:port``)."""
     from ray import serve
 
-    from services.worker.app import SERVICER_FUNCTIONS, build
+    from services.worker.app import SERVICER_FUNCTIONS
     from services.worker.listen import GrpcListen
-    from services.worker.options import WorkerArgs
 
     (host, port), (http_host, http_port) = (_split(address) for address in (grpc, http))
     serve.start(
@@ -95,28 +151,20 @@ def _start(args: argparse.Namespace, model: Path, grpc: str, http: str) -> None:
         http_options={"host": http_host, "port": http_port},
         grpc_options=GrpcListen(host=host, port=port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
     )
-    application = build(
-        WorkerArgs(
-            model=str(model),
-            redis=args.redis,
-            engine=args.engine,
-            codec=args.codec,
-            profile=args.profile and str(Path(args.profile).absolute()),
-            ratio=args.ratio,
-            device=args.device,
-            replicas=args.workers,
-            address=grpc,
-            http=f"http://{http}",
-            metrics=args.metrics,
-            internal_host="127.0.0.1",
-            tenants=args.tenants,
-        )
-    )
+    _deploy(arguments)
+    _wait_until_it_answers(grpc)
+
+
+def _deploy(arguments: WorkerArgs) -> None:
+    """Bring the replicas to what `arguments` say, and wait for it."""
+    from ray import serve
+
+    from services.worker.app import build
+
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        serve.run(build(arguments), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise _cause(str(error)) from error
-    _wait_until_it_answers(grpc)
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -52,9 +52,16 @@ def check_redis(url: str | None) -> None:
             raise ConfigError(f"--redis {url!r} is no URL of a Redis; write it as redis://HOST:PORT/0")
 
 
-def check_count(option: str, value: int, low: int, high: int = 1024) -> None:
+def check_count(option: str, value: float, low: int, high: int = 1024) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{option} must be from {low} to {high}, not {value}")
+
+
+def check_replicas(workers: int, low: int | None, high: int | None) -> None:
+    """Number of workers, and the bounds between which it may move."""
+    check_count("--workers", workers, 1)
+    check_count("--min-workers", low or workers, 1, workers)
+    check_count("--max-workers", high or workers, workers)
 
 
 def check_ratio(ratio: float | None) -> None:

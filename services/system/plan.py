@@ -23,6 +23,8 @@ class Plan:
     model : Path or None
         None for a store alone.
     nodes, workers : int
+    min_workers, max_workers : int or None
+        Bounds between which the number of workers follows the requests.
     arena_bytes : int
         Of each node.
     codec : str
@@ -41,6 +43,8 @@ class Plan:
     model: Path | None
     nodes: int = 2
     workers: int = 1
+    min_workers: int | None = None
+    max_workers: int | None = None
     arena_bytes: int = 256 << 20
     codec: str = "transform"
     profile: str | None = None
@@ -65,6 +69,8 @@ class Plan:
         """Command line of the worker process, which holds all replicas."""
         command = ["worker", "--redis", redis, "--model", str(self.model), "--listen", listen, "--workers", str(self.workers)]
         command += ["--codec", self.codec, "--device", self.device, "--engine", self.engine, "--scratch", str(scratch)]
+        command += ["--min-workers", str(self.min_workers)] if self.min_workers else []
+        command += ["--max-workers", str(self.max_workers)] if self.max_workers else []
         command += ["--ratio", str(self.ratio)] if self.ratio else []
         command += ["--profile", self.profile] if self.profile else []
         return _concertina(command + (["--tenants", self.tenants] if self.tenants else []))
@@ -75,6 +81,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR|HUB-NAME", help="model to serve (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help="store nodes (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker actors, one a GPU; 0 for the store alone (%(default)s)")
+    parser.add_argument("--min-workers", type=int, metavar="N", help="let the number of workers follow the requests, not below this")
+    parser.add_argument("--max-workers", type=int, metavar="N", help="nor above this (default: --workers)")
     parser.add_argument("--arena", default="256MiB", metavar="SIZE", help="memory for blocks of each node (%(default)s)")
     parser.add_argument("--codec", default="transform", help="codec that new blocks are written with (%(default)s)")
     parser.add_argument("--profile", metavar="FILE", help="profile for the codec (default: found, or made in the background)")
@@ -101,6 +109,7 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.check_tenants(args.tenants)
     model = None
     if args.workers:
+        checks.check_replicas(args.workers, args.min_workers, args.max_workers)
         checks.check_engine(args.engine)
         model = checks.local_model(args.model)
     return Plan(
@@ -108,6 +117,8 @@ def plan(args: argparse.Namespace) -> Plan:
         model=model,
         nodes=args.nodes,
         workers=args.workers,
+        min_workers=args.min_workers,
+        max_workers=args.max_workers,
         arena_bytes=arena_bytes,
         codec=args.codec,
         profile=str(Path(args.profile).absolute()) if args.profile else None,

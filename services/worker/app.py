@@ -72,7 +72,7 @@ def _replicas(args: WorkerArgs) -> dict[str, Any]:
     target = AutoscalingConfig(
         min_replicas=low,
         max_replicas=high,
-        initial_replicas=min(max(args.replicas, low), high),
+        initial_replicas=args.replicas,
         target_ongoing_requests=args.target_requests,
     )
     return {"autoscaling_config": target}

@@ -48,6 +48,8 @@ class WorkerArgs(BaseModel):
         other machines.
     tenants : str or None
         File of token digests, see `services.worker.tenants`.
+    generation : int
+        Means nothing in itself: replicas of another one are replaced by new ones, which serve before the old ones go.
     max_requests : int
         Requests that one replica takes from the proxy; more than its engine's batch and queue, so that the engine is what
         refuses, and knows when to try again. More wait in the proxy, four times as many at most.
@@ -72,13 +74,14 @@ class WorkerArgs(BaseModel):
     metrics: str = "127.0.0.1:0"
     internal_host: str | None = None
     tenants: str | None = None
+    generation: int = Field(default=0, ge=0)
     max_requests: int = Field(default=96, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkerArgs:
-        """The bounds of the number of replicas are the right way round."""
-        if (self.min_replicas or self.replicas) > (self.max_replicas or max(self.replicas, self.min_replicas or 1)):
-            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; swap them")
+        """The bounds of the number of replicas have it between them."""
+        if not (self.min_replicas or self.replicas) <= self.replicas <= (self.max_replicas or self.replicas):
+            raise ValueError(f"replicas {self.replicas} must be from min_replicas to max_replicas")
         return self
 
     @field_validator("tenants")
