@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import DIGEST_BYTES
-from kvstore.settings import format_size
+from kvstore.settings import format_size, load
 from services.system import record
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ async def _act(args: argparse.Namespace, redis: str, keys: list[bytes], namespac
     """A list of blocks for ls, counts for clear, one status for each key otherwise."""
     from kvstore.client import ClientConfig, KvClient
 
-    client = KvClient(ClientConfig(redis_url=redis))
+    client = KvClient(load(ClientConfig, "client", redis_url=redis))
     await client.start()
     try:
         if not client.available:

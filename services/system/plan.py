@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.system import checks
+from services.system import checks, node_options
 
 #: Tried first; a free one is taken where another program has it.
 INFERENCE_PORT, REDIS_PORT = 9000, 6379
@@ -37,6 +37,10 @@ class Plan:
         URL of a running one; None starts a Valkey.
     device, engine : str
     tenants : str or None
+    spill : Path or None
+        Holds a folder for each node.
+    node_arguments : tuple of str
+        Further arguments of every node.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Plan:
     device: str = "cpu"
     engine: str = "transformers"
     tenants: str | None = None
+    spill: Path | None = None
+    node_arguments: tuple[str, ...] = ()
 
     def node_id(self, number: int) -> str:
         """Name of a node in the cluster."""
@@ -63,7 +69,9 @@ class Plan:
         """Command line of one node."""
         command = ["node", "--redis", redis, "--id", self.node_id(number), "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
         command += ["--arena", str(self.arena_bytes), "--device", self.device]
-        return _concertina(command + (["--policy", self.policy] if self.policy else []))
+        command += ["--policy", self.policy] if self.policy else []
+        command += ["--spill", str(self.spill / self.node_id(number))] if self.spill else []
+        return _concertina([*command, *self.node_arguments])
 
     def worker_command(self, redis: str, listen: str, scratch: Path) -> list[str]:
         """Command line of the worker process, which holds all replicas."""
@@ -92,6 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for arenas and model (%(default)s)")
     parser.add_argument("--engine", default="transformers", help="what runs the model (%(default)s)")
     parser.add_argument("--tenants", metavar="FILE", help="JSON of token digests and tenants; calls then need a bearer token")
+    node_options.configure(parser)
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -128,6 +137,8 @@ def plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         engine=args.engine,
         tenants=str(Path(args.tenants).absolute()) if args.tenants else None,
+        spill=Path(args.spill).absolute() if args.spill else None,
+        node_arguments=node_options.arguments(args),
     )
 
 

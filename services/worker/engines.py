@@ -6,6 +6,7 @@ from kvstore.client import ClientConfig, KvClient
 from kvstore.codecs import Profile, codec_class
 from kvstore.errors import ConfigError
 from kvstore.metrics import Metrics
+from kvstore.settings import load
 from services.engine import engine_class
 from services.engine.base import Engine
 from services.engine.config import EngineConfig
@@ -31,7 +32,7 @@ def create_engine(args: WorkerArgs, metrics: Metrics) -> Engine:
         codec=FALLBACK if later else args.codec,
         codec_options={} if later else _options(args),
     )
-    store = ClientConfig(redis_url=args.redis) if args.redis else None
+    store = load(ClientConfig, "client", redis_url=args.redis) if args.redis else None
     return engine(config, store, metrics)
 
 
@@ -50,7 +51,7 @@ def create_keeper(args: WorkerArgs, engine: Engine) -> ProfileKeeper:
         profile = Profile.load(args.profile)
     wanted = Wanted(str(resolve_model(args.model)), args.codec, _options(args), profile)
     # A client of its own, so that no block waits in a queue behind a profile; its bounds are those of something large and not urgent.
-    store = ClientConfig(redis_url=args.redis, put_timeout_s=30.0, rpc_timeout_s=10.0) if args.redis else None
+    store = load(ClientConfig, "client", redis_url=args.redis, put_timeout_s=30.0, rpc_timeout_s=10.0) if args.redis else None
     return ProfileKeeper(engine, wanted, KvClient(store) if store else None)
 
 

@@ -36,6 +36,11 @@ REFUSED = {
     "no model": (["--model", "/no/such/dir"], "/no/such/dir"),
     "name with a slash": (["--name", "../x"], "--name"),
     "tenants file missing": (["--tenants", "/no/such/file"], "tenants"),
+    "spill without a bound": (["--spill", "/tmp"], "--spill-bytes"),
+    "a key without its certificate": (["--tls-key", "/dev/null"], "--tls-cert"),
+    "credentials file missing": (["--credentials", "/no/such/file"], "no such file"),
+    "credentials that workers lack": (["--credentials", __file__], "CONCERTINA_CLIENT__CREDENTIAL"),
+    "certificates that workers do not trust": (["--tls-cert", __file__, "--tls-key", __file__], "CONCERTINA_CLIENT__TLS_CA"),
 }
 
 
