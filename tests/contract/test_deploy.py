@@ -160,6 +160,16 @@ def test_workers_run_our_application(objects):
     assert tuple(config.grpc_options.grpc_servicer_functions) == tuple(SERVICER_FUNCTIONS)
 
 
+def test_the_number_of_workers_follows_the_requests_where_asked():
+    objects = render({"worker": {"replicas": 2, "maxReplicas": 5}})
+    (service,) = of_kind(objects, "RayService")
+    args = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert (args["replicas"], args["min_replicas"], args["max_replicas"]) == (2, 2, 5)
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 5) and service["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"]
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > args["drain_s"]
+
+
 def test_gpu_values_reach_both_kinds_of_process():
     objects = render(VALUES["gpu"])
     assert "--device=cuda" in of_kind(objects, "StatefulSet")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
