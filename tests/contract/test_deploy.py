@@ -33,6 +33,15 @@ VALUES = {
             "cacheVolume": {"persistentVolumeClaim": {"claimName": "models"}},
         },
     },
+    "spill": {"node": {"spill": {"size": "100GiB"}}},
+    "spill that outlives pods": {
+        "node": {
+            "spill": {
+                "size": "100GiB",
+                "claim": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "120Gi"}}},
+            }
+        }
+    },
     "bare": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
 }
 
