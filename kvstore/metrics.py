@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "block_distortion": Metric("histogram", "Relative squared error of blocks as stored", ("node", "part"), FRACTIONS),
     "lookup_tokens": Metric("counter", "Prompt tokens looked up, by result: hit or miss", ("result",)),
     "fetch_bytes": Metric("counter", "Bytes of encoded blocks fetched from the store"),
+    "fetched_blocks": Metric("counter", "Verified blocks by the way they came: grpc, local (shared memory) or tcp", ("path",)),
     "fetch_seconds": Metric("histogram", "Time of one fetch, lookup excluded", (), SECONDS),
     "encode_seconds": Metric("histogram", "Time to encode one batch of blocks", ("codec",), SECONDS),
     "decode_seconds": Metric("histogram", "Time to decode one batch of blocks", ("codec",), SECONDS),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .device import Arena, available_memory, create
+from .device import Arena, CpuArena, available_memory, create
 from .host import allow_open_files, host_identity, keep_freed_memory
 from .pages import AccountingError, Extent, PageAllocator
 
 __all__ = [
     "AccountingError",
     "Arena",
+    "CpuArena",
     "Extent",
     "PageAllocator",
     "allow_open_files",

@@ -9,6 +9,7 @@ Nothing here knows which pages are whose: that is the block table's business.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import re
@@ -62,7 +63,7 @@ class Arena:
         """Copy `data` to the place `offset` bytes into `extents`. The copy runs without the interpreter lock."""
         view = memoryview(data).cast("B")
         done = 0
-        for start, length in self._pieces(extents, offset, len(view)):
+        for start, length in self.pieces(extents, offset, len(view)):
             self._store(start, view[done : done + length])
             done += length
 
@@ -74,12 +75,13 @@ class Arena:
         list of buffer
             On the CPU read-only views of the arena itself, one a run, valid only as long as the pages are the caller's; on CUDA copies.
         """
-        return [self._load(start, size) for start, size in self._pieces(extents, offset, length)]
+        return [self._load(start, size) for start, size in self.pieces(extents, offset, length)]
 
     def close(self) -> None:
         """Give the memory back. Views that are still about keep it alive."""
 
-    def _pieces(self, extents: Sequence[Extent], offset: int, length: int) -> list[tuple[int, int]]:
+    def pieces(self, extents: Sequence[Extent], offset: int, length: int) -> list[tuple[int, int]]:
+        """Where the same bytes lie, as (byte, bytes) of the arena."""
         pieces = []
         for extent in extents:
             size = extent.count * self.page_bytes
@@ -110,9 +112,11 @@ class CpuArena(Arena):
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         super().__init__(size_bytes, page_bytes)
-        self.fd = os.memfd_create("concertina-arena", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("concertina-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(self.fd, 0o600)
         os.ftruncate(self.fd, self.size_bytes)
+        # A reader that has mapped it could be killed by a page that is gone.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._view = memoryview(self._map)
         self._readonly = self._view.toreadonly()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from kvstore.block import EncodedBlock
@@ -12,6 +13,7 @@ from kvstore.metrics import Metrics
 
 from .admin import Admin
 from .config import ClientConfig
+from .doors import Doors
 from .fetch import Demand, Fetched, Fetcher, OnBlock
 from .lookup import Hit, Lookup
 from .membership import Membership
@@ -47,13 +49,17 @@ class KvClient:
         self.metrics = metrics or Metrics()
         clock = clock or SystemClock()
         self.metadata = metadata or connect(config.redis_url, config.prefix, config.redis_timeout_s)
-        self._transport = transport or GrpcTransport(Security.of(config))
+        security = Security.of(config)
+        # A token must not leave the host in plain text where the operator asked for TLS.
+        paths = tuple(way for way in config.paths.split(",") if way and (way == "local" or security.tls is None))
+        self._doors = Doors(paths, security.token, clock) if transport is None and paths else None
+        self._transport = transport or GrpcTransport(security)
         self._membership = Membership(
-            self.metadata, clock, self.metrics, config.refresh_s, config.suspect_s, changed=self._transport.keep
+            self.metadata, clock, self.metrics, config.refresh_s, config.suspect_s, changed=self._changed
         )
         self._lookup = Lookup(self._membership, config.tidy_after_s)
-        self._fetcher = Fetcher(self._transport, self._membership, config, self.metrics, clock)
-        self._publisher = Publisher(self._transport, self._membership, self._lookup, config, self.metrics)
+        self._fetcher = Fetcher(self._transport, self._membership, config, self.metrics, clock, self._doors)
+        self._publisher = Publisher(self._transport, self._membership, self._lookup, config, self.metrics, self._doors)
         self.admin = Admin(self._transport, self._membership, config.rpc_timeout_s)
 
     async def start(self) -> None:
@@ -66,8 +72,17 @@ class KvClient:
         await self._publisher.stop(flush_s)
         await self._lookup.stop()
         await self._membership.stop()
+        self._fetcher.stop()
+        if self._doors is not None:
+            await asyncio.to_thread(self._doors.close)
         await self._transport.close()
         await self.metadata.close()
+
+    async def _changed(self, addresses: set[str]) -> None:
+        """Keep open what leads to these addresses, and to the living nodes."""
+        await self._transport.keep(addresses)
+        if self._doors is not None:
+            self._doors.keep(set(self._membership.everyone()))
 
     @property
     def available(self) -> bool:

@@ -1,5 +1,8 @@
 """Fetching blocks: parallel Get streams, each block verified as it arrives, delivered in order, cut at the first that fails.
 
+Each stream goes through its node's door where there is one (`doors`), and has the last word by a Get call: what the door did not give, a
+block that was spilled for one, is asked for again there.
+
 A node spreads nothing and knows nothing of prefixes; the reader decides. Block i of a fetch counts only when it is intact, is the
 block that was asked for, continues block i - 1, and is as exact as asked. Everything after the first failure is worthless to a
 prefix cache, so the streams stop there.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,7 +26,10 @@ from kvstore.metrics import Metrics
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .assemble import BlockReader
+from .buffers import Buffers
 from .config import ClientConfig
+from .door import Door
+from .doors import Doors
 from .lookup import Hit
 from .membership import Membership
 from .transport import Transport
@@ -31,6 +38,10 @@ log = logging.getLogger(__name__)
 
 #: A call's own deadline lies so far behind the fetch's, which decides.
 GRACE_S = 0.25
+#: A node is asked over several streams for at least so many bytes.
+STREAMS_FROM_BYTES = 8 << 20
+#: Buffers are given back to the system when nothing was fetched for so long.
+BUFFERS_IDLE_S = 10.0
 #: Called with the position and the block, in order, from the event loop.
 OnBlock = Callable[[int, EncodedBlock], None]
 
@@ -67,6 +78,8 @@ class Fetch:
         self._arrived: dict[int, EncodedBlock] = {}
         self._limit = len(hits)  # nothing from this position on can be used
         self._progress = asyncio.Event()
+        self._claimed_bytes = 0
+        self._claiming = threading.Lock()
 
     def wanted(self, position: int) -> bool:
         """Whether a block at `position` can still become part of the prefix."""
@@ -77,10 +90,15 @@ class Fetch:
         self._limit = min(self._limit, position)
         self._progress.set()
 
-    def arrived(self, position: int, block: EncodedBlock) -> None:
-        """Take a verified block; `deliver` hands it out when its turn comes."""
-        self._arrived[position] = block
+    def arrived(self, blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
+        """Take verified blocks; `deliver` hands each out when its turn comes."""
+        self._arrived.update(blocks)
         self._progress.set()
+
+    def count(self, size_bytes: int) -> None:
+        """Count bytes that came. May be called from any thread."""
+        with self._claiming:
+            self.bytes_fetched += size_bytes
 
     async def deliver(self, on_block: OnBlock | None) -> None:
         """Grow the prefix as blocks arrive, until it cannot grow any more."""
@@ -98,25 +116,46 @@ class Fetch:
                     on_block(at, block)
 
     def check(self, position: int, header: BlockHeader) -> bool:
-        """Whether a block with this header may be used. Raises CorruptBlockError if it is not the one that was asked for."""
+        """Whether a block with this header may be used, and there is room for it. May be called from any thread.
+
+        Raises
+        ------
+        CorruptBlockError
+            If it is not the block that was asked for.
+        """
         if header.key != self.hits[position].key or header.namespace != self.demand.namespace:
             raise CorruptBlockError("the node sent another block than the one asked for")
         if header.total_bytes > self.config.max_block_bytes:
             raise CorruptBlockError(f"a block of {header.total_bytes} bytes is above max_block_bytes = {self.config.max_block_bytes}")
+        with self._claiming:
+            self._claimed_bytes += header.total_bytes
+            if self._claimed_bytes > self.config.fetch_bytes:
+                return False
         own, before = header.rows[header.present - 1].distortion, header.provenance.distortion
         bound = self.demand.max_distortion
         return bound <= 0 or all(error <= bound for error in (own.keys, own.values, before.keys, before.values))
 
 
 class Fetcher:
-    """Runs fetches over a `Transport`."""
+    """Runs fetches over a `Transport` and, where given, through `Doors`."""
 
-    def __init__(self, transport: Transport, membership: Membership, config: ClientConfig, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self, transport: Transport, membership: Membership, config: ClientConfig, metrics: Metrics, clock: Clock, doors: Doors | None
+    ) -> None:
         self._transport = transport
         self._membership = membership
         self._config = config
         self._metrics = metrics
         self._clock = clock
+        self._doors = doors
+        self._buffers = Buffers(config.buffer_bytes)
+        self._trimming: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        """Give the unused buffers back."""
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._buffers.trim()
 
     async def fetch(self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None = None) -> Fetched:
         """The longest verified prefix of `hits` that arrived within `deadline_s`. Raises only what `on_block` raises."""
@@ -138,6 +177,9 @@ class Fetcher:
             for outcome in await asyncio.gather(*streams, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     log.error("a stream of a fetch failed in an unforeseen way; its blocks are misses", exc_info=outcome)
+        if self._trimming is not None:
+            self._trimming.cancel()
+        self._trimming = asyncio.get_running_loop().call_later(BUFFERS_IDLE_S, self._buffers.trim)
         self._metrics.fetch_bytes.inc(job.bytes_fetched)
         self._metrics.fetch_seconds.observe(self._clock.now() - began)
         self._metrics.corrupt_blocks.labels("fetch").inc(job.corrupt)
@@ -150,11 +192,53 @@ class Fetcher:
             by_node.setdefault(hit.node.incarnation, []).append(position)
         plan = []
         for positions in by_node.values():
-            streams = min(self._config.streams_per_node, len(positions))
+            large = sum(hits[p].size_bytes for p in positions) >= STREAMS_FROM_BYTES
+            streams = min(self._config.streams_per_node, len(positions)) if large else 1
             plan += [(hits[positions[0]].node, positions[start::streams]) for start in range(streams)]
         return plan
 
     async def _stream(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
+        """The blocks of one node: through its door, and what that did not give by a Get call."""
+        done = 0
+        if self._doors is not None and (way := self._doors.to(node)):
+            done = await self._through_door(job, node, positions, deadline_s, way)
+        if done < len(positions) and job.wanted(positions[done]):
+            await self._call(job, node, positions[done:], deadline_s)
+
+    async def _through_door(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, way: str) -> int:
+        """How many of the leading blocks came through the door."""
+        loop, done, came = asyncio.get_running_loop(), 0, self._metrics.fetched_blocks.labels(way)
+
+        def accept(number: int, header: BlockHeader) -> bool:
+            if not job.wanted(positions[number]):
+                return False
+            accepted = job.check(positions[number], header)
+            if not accepted:
+                loop.call_soon_threadsafe(job.miss, positions[number])
+            return accepted
+
+        def take(blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
+            nonlocal done
+            done += len(blocks)
+            came.inc(len(blocks))
+            job.count(sum(block.header.total_bytes for _, block in blocks))
+            loop.call_soon_threadsafe(job.arrived, [(positions[number], block) for number, block in blocks])
+
+        def read(door: Door) -> int:
+            keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
+            return door.read(keys, sizes, job.demand.input_tokens, accept, take, self._buffers, deadline_s + GRACE_S)
+
+        try:
+            await self._doors.through(node, read)
+        except CorruptBlockError as error:
+            log.warning("a block of a fetch from %s was damaged, and is asked for once more: %s", node.address, error)
+        except asyncio.CancelledError:
+            if job.expired and not done:
+                self._membership.suspect(node, "node")
+            raise
+        return done
+
+    async def _call(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
         """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
         keys = [job.hits[p].key for p in positions]
         request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True)
@@ -168,7 +252,8 @@ class Fetcher:
                     block = await reader.read(number, lambda header, at=position: job.check(at, header))
                     if block is None:
                         break
-                    job.arrived(position, block)
+                    job.arrived([(position, block)])
+                    self._metrics.fetched_blocks.labels("grpc").inc()
                 else:
                     position = len(job.hits)
         except CorruptBlockError as error:
@@ -183,4 +268,4 @@ class Fetcher:
             raise
         finally:
             job.miss(position)
-            job.bytes_fetched += reader.bytes_read if reader else 0
+            job.count(reader.bytes_read if reader else 0)

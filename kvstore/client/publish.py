@@ -20,6 +20,7 @@ from kvstore.metrics import Metrics
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .config import ClientConfig
+from .doors import Doors
 from .frames import put_messages
 from .lookup import Lookup
 from .membership import Membership
@@ -49,11 +50,20 @@ class _Item(NamedTuple):
 class Publisher:
     """The queue and its task. `offer` may be called from the event loop's thread only."""
 
-    def __init__(self, transport: Transport, membership: Membership, lookup: Lookup, config: ClientConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        membership: Membership,
+        lookup: Lookup,
+        config: ClientConfig,
+        metrics: Metrics,
+        doors: Doors | None = None,
+    ) -> None:
         self._transport = transport
         self._membership = membership
         self._lookup = lookup
         self._config = config
+        self._doors = doors
         self._dropped = metrics.publish_dropped
         self._corrupt = metrics.corrupt_blocks
         self._gauge = metrics.publish_queue_blocks
@@ -208,19 +218,28 @@ class Publisher:
         return [item for items in left for item in items]
 
     async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
-        messages = put_messages((item.block, item.input_tokens) for item in items)
         try:
-            response = await self._transport.put(node.address, messages, self._config.put_timeout_s)
+            statuses = await self._put_through_door(node, items)
+            if statuses is None:
+                messages = put_messages((item.block, item.input_tokens) for item in items)
+                statuses = (await self._transport.put(node.address, messages, self._config.put_timeout_s)).statuses
         except ConcertinaError as error:
             log.info("node %s did not take %d blocks: %s", node.address, len(items), error)
             self._membership.suspect(node, "node")
             return items
-        for status in response.statuses:
+        for status in statuses:
             if status in _DROPPED:
                 self._drop(1, _DROPPED[status])
             if status == pb.BLOCK_STATUS_DATA_LOSS:
                 self._corrupt.labels("publish").inc()
         return []
+
+    async def _put_through_door(self, node: NodeRecord, items: list[_Item]) -> Sequence[int] | None:
+        """A status for each block; None where there is no door, or it failed: gRPC may find some of the blocks there already."""
+        if self._doors is None:
+            return None
+        blocks, timeout_s = [(item.block, item.input_tokens) for item in items], self._config.put_timeout_s
+        return await self._doors.through(node, lambda door: door.write(blocks, timeout_s))
 
 
 def _runs(items: Iterable[_Item]) -> Iterator[list[_Item]]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from kvstore.bulk import BULK_OPTIONS
 from kvstore.errors import error_for_status
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
@@ -22,6 +23,7 @@ SERVICE = "/concertina.kvstore.v1.KVStoreService/"
 MAX_MESSAGE_BYTES = 16 << 20
 
 CHANNEL_OPTIONS = (
+    *BULK_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),

@@ -74,6 +74,8 @@ class NodeRecord(_Record):
         Identity of the machine; readers on the same one may copy from shared memory.
     started : float
         Seconds since the epoch.
+    door : str
+        ``host:port`` of its `kvstore.door`; empty where only gRPC is served.
     pressure : str
         `kvstore.eviction.cluster.Pressure` as text: the node's bytes by value.
     usage : str
@@ -91,6 +93,7 @@ class NodeRecord(_Record):
     blocks: int = 0
     host: str = ""
     started: float = 0.0
+    door: str = ""
     pressure: str = ""
     usage: str = ""
 

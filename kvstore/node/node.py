@@ -23,6 +23,7 @@ from kvstore.metrics import Metrics
 from .announce import Announcer
 from .config import NodeConfig
 from .copier import Copier
+from .door import DoorServer
 from .engine import NodeEngine
 from .exposition import MetricsPage, NodeMetrics
 from .handlers.base import Service
@@ -125,6 +126,9 @@ class StoreNode:
         stack.push_async_callback(self._stop_server)
         address = f"{config.advertise or _reachable(config.listen)}:{port}"
         self.service.record = replace(self.service.record, address=address, metrics=metrics)
+        self._door = DoorServer(self.service)
+        stack.push_async_callback(self._door.stop)
+        self.service.record = replace(self.service.record, door=await self._door.start(config))
         await self._announcer.start()
         stack.push_async_callback(self._leave)
         self.spill.start()
@@ -241,7 +245,7 @@ async def _run(config: NodeConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await node.start()
     record = node.record
-    ready = {"ready": True, "id": record.id, "address": record.address, "metrics": record.metrics}
+    ready = {"ready": True, "id": record.id, "address": record.address, "metrics": record.metrics, "door": record.door}
     print(json.dumps(ready | {"incarnation": record.incarnation, "pid": record.pid, "device": record.device}), flush=True)
     waits = [asyncio.create_task(event.wait()) for event in (ended, node.failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvstore.bulk import BULK_OPTIONS
 from kvstore.clock import Clock
 from kvstore.errors import ConcertinaError, ConfigError, DeadlineError, status_name
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -48,6 +49,7 @@ class Server:
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=config.max_streams,
             options=[
+                *BULK_OPTIONS,
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # else two nodes could share one port without noticing

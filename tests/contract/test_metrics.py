@@ -61,7 +61,7 @@ def test_name_grammar(name):
 
 
 def test_labels_are_a_small_closed_set():
-    allowed = "node state fidelity codec policy reason from to part result where code rpc tenant tier"
+    allowed = "node state fidelity codec policy reason from to part result where code rpc tenant tier path"
     assert {label for row in METRICS.values() for label in row.labels} <= set(allowed.split())
 
 

@@ -1,0 +1,111 @@
+"""Which nodes have an open door (`kvstore.door`), and the threads that go through it.
+
+A node on this host, of this user, with its arena in host memory is read from shared memory; another that names a door is read over TCP.
+A door that cannot be opened, or that fails, is left alone for a while: its node is served by gRPC as if there were none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from kvstore.arena import host_identity
+from kvstore.clock import Clock
+from kvstore.errors import ConcertinaError, CorruptBlockError
+from kvstore.metadata import NodeRecord
+
+from .door import Door, open_door
+
+log = logging.getLogger(__name__)
+
+#: A door that failed is tried again after so long.
+SHUT_S = 10.0
+OPEN_TIMEOUT_S = 2.0
+#: Connections to one node that stay open when nobody uses them, and threads over all nodes.
+KEPT_DOORS, THREADS = 4, 8
+T = TypeVar("T")
+
+
+class Doors:
+    """Opens doors on use and keeps them.
+
+    Parameters
+    ----------
+    paths : tuple of str
+        Which may be taken: ``local``, ``tcp``.
+    token : str
+        The credential to show; empty for none.
+    clock : Clock
+    """
+
+    def __init__(self, paths: tuple[str, ...], token: str, clock: Clock) -> None:
+        self._paths = paths
+        self._token = token
+        self._clock = clock
+        self._here = host_identity()
+        self._idle: defaultdict[str, list[Door]] = defaultdict(list)
+        self._shut_until: dict[str, float] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="door")
+        self._closed = False
+
+    def to(self, node: NodeRecord) -> str | None:
+        """The way to `node` that a call may try now: ``local``, ``tcp``, or None for gRPC."""
+        if self._clock.now() < self._shut_until.get(node.incarnation, 0.0):
+            return None
+        if "local" in self._paths and node.device == "cpu" and node.host == self._here:
+            return "local"
+        return "tcp" if "tcp" in self._paths and node.door else None
+
+    async def through(self, node: NodeRecord, work: Callable[[Door], T]) -> T | None:
+        """`work` with a door of `node`, in a thread; None where that did not come to its end and gRPC must go on.
+
+        Raises
+        ------
+        CorruptBlockError
+            As `work` does.
+        """
+        way = self.to(node)
+        if way is None:
+            return None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._work, node, way, work)
+        except CorruptBlockError:
+            raise
+        except (ConcertinaError, OSError, ValueError) as error:
+            log.info("the door of node %s is left alone for a while: %s", node.address, error)
+            self._shut_until[node.incarnation] = self._clock.now() + SHUT_S
+            return None
+
+    def keep(self, incarnations: set[str]) -> None:
+        """Close what is open to any other node."""
+        for gone in set(self._idle) - incarnations:
+            for door in self._idle.pop(gone):
+                door.close()
+        self._shut_until = {i: until for i, until in self._shut_until.items() if i in incarnations}
+
+    def close(self) -> None:
+        """Close everything, after the calls that run."""
+        self._closed = True
+        self._threads.shutdown(wait=True)
+        self.keep(set())
+
+    def _work(self, node: NodeRecord, way: str, work: Callable[[Door], T]) -> T:
+        idle = self._idle[node.incarnation]
+        try:
+            door = idle.pop()
+        except IndexError:
+            door = open_door(node, way == "local", self._token, OPEN_TIMEOUT_S)
+        try:
+            outcome = work(door)
+        except BaseException:
+            door.close()
+            raise
+        if door.open and len(idle) < KEPT_DOORS and not self._closed:
+            idle.append(door)
+        else:
+            door.close()
+        return outcome

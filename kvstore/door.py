@@ -1,0 +1,78 @@
+"""The door: a node's second entrance, for blocks alone, beside gRPC (whose own cost per byte is above that of moving the bytes).
+
+A node listens on a Unix socket for readers of its own user on its own host, whom it hands its shared memory, and on a TCP port for all
+others. Either way a connection begins with the credential that a gRPC call would carry, and what it may see is the same. Whatever goes
+wrong here, the client goes back to gRPC.
+
+Every message is ``body bytes u32 | kind u8 | body``, little-endian::
+
+    client                          node
+    HELLO  token                    WELCOME  arena bytes u64, 0 if its memory is not shared; else with its descriptor
+    PLAN   tokens u32 | keys        PLANNED  number u32 | for each key: status u8 | header u16 | runs u32 | header | RUNs
+    DONE   number u32               INTACT   a byte each: 1 if what was copied until now is the block's
+    GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then a byte as of INTACT; a message for each key
+    PUT    tokens u32 | header; then the payload
+    END                             STATUSES a status u8 for each PUT since the last END
+
+A RUN is ``offset u64 | bytes u64`` in the arena. A refused HELLO, and any message that is none of these, ends the connection.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+from .errors import TransportError
+
+FRAME = struct.Struct("<IB")
+NUMBER = struct.Struct("<I")
+ARENA = struct.Struct("<Q")
+PLANNED = struct.Struct("<BHI")
+RUN = struct.Struct("<QQ")
+KEY_BYTES = 32
+#: The longest request: 65,536 keys.
+MAX_REQUEST_BYTES = NUMBER.size + 65_536 * KEY_BYTES
+#: The longest answer that a client reads.
+MAX_ANSWER_BYTES = 32 << 20
+INTACT, LOST = b"\x01", b"\x00"
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    HELLO = 1
+    WELCOME = 2
+    PLAN = 3
+    PLANNED = 4
+    DONE = 5
+    INTACT = 6
+    GET = 7
+    BLOCK = 8
+    PUT = 9
+    END = 10
+    STATUSES = 11
+
+
+def message(kind: Kind, *parts: bytes) -> bytes:
+    """A whole message."""
+    return b"".join((FRAME.pack(sum(map(len, parts)), kind), *parts))
+
+
+def parse_frame(frame: bytes, limit: int) -> tuple[Kind, int]:
+    """Kind and body bytes of a message. Raises TransportError for one that is none, or longer than `limit`."""
+    size, kind = FRAME.unpack(frame)
+    if size > limit or kind not in Kind._value2member_map_:
+        raise TransportError(f"a door's message of kind {kind} with {size} bytes")
+    return Kind(kind), size
+
+
+def split_keys(body: memoryview) -> list[bytes]:
+    """The keys of a request, after its first number. Raises TransportError where they are cut short."""
+    if len(body) % KEY_BYTES:
+        raise TransportError("a key is cut short")
+    return [bytes(body[at : at + KEY_BYTES]) for at in range(0, len(body), KEY_BYTES)]
+
+
+def local_name(incarnation: str) -> str:
+    """The abstract Unix address of a node's door."""
+    return f"\0concertina-{incarnation}"

@@ -1,0 +1,285 @@
+"""The node's side of the door (`kvstore.door`): who may come in, and what each request gets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from kvstore import door
+from kvstore.arena import CpuArena
+from kvstore.block import BlockHeader
+from kvstore.credentials import Caller
+from kvstore.door import Kind
+from kvstore.errors import ConcertinaError, ConfigError, CorruptBlockError, TransportError
+
+from .config import FRAME_BYTES, NodeConfig
+from .handlers.base import Service
+from .handlers.put import Incoming
+from .plans import Found
+from .status import Status
+from .wire import PutFrame
+
+log = logging.getLogger(__name__)
+
+#: Connections served at one time; more are closed at once, and their clients use gRPC.
+MAX_CONNECTIONS = 256
+#: Seconds for a connection to show its credential, and for each piece of a payload to move.
+HELLO_S, PIECE_S = 2.0, 10.0
+#: Plans that one connection may have open.
+MAX_PLANS = 4
+_PEER = struct.Struct("3i")  # pid, uid, gid
+
+
+class DoorServer:
+    """Listens on a Unix socket and, on the host of gRPC, on TCP.
+
+    Parameters
+    ----------
+    service : Service
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shared = os.open(f"/proc/self/fd/{service.arena.fd}", os.O_RDONLY) if isinstance(service.arena, CpuArena) else -1
+
+    async def start(self, config: NodeConfig) -> str:
+        """Open the door, on TCP too unless gRPC is under TLS. Returns ``host:port`` of that side for others, empty without one.
+
+        Raises
+        ------
+        ConfigError
+            If a socket cannot be bound.
+        """
+        host = config.listen.rpartition(":")[0]
+        try:
+            local = socket.socket(socket.AF_UNIX)
+            local.bind(door.local_name(self._service.record.incarnation))
+            self._accept_on(local, self._same_user)
+            if config.tls_cert:
+                return ""
+            remote = socket.create_server((host.strip("[]"), 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+            self._accept_on(remote, lambda peer: True)
+            return f"{self._service.record.address.rpartition(':')[0]}:{remote.getsockname()[1]}"
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host} for bulk transfers: {error}; give --listen a host of this machine") from error
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._shared >= 0:
+            os.close(self._shared)
+            self._shared = -1
+
+    def _accept_on(self, listener: socket.socket, admits) -> None:
+        listener.listen(128)
+        listener.setblocking(False)
+        self._run(self._accept(listener, admits))
+
+    def _run(self, work) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket, admits) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    peer, _ = await loop.sock_accept(listener)
+                except OSError as error:  # such as no descriptor left: others may end in a moment
+                    log.warning("the door took no connection: %s", error)
+                    await asyncio.sleep(0.1)
+                    continue
+                peer.setblocking(False)
+                if len(self._tasks) > MAX_CONNECTIONS or not admits(peer):
+                    peer.close()
+                    continue
+                if peer.family != socket.AF_UNIX:
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._run(self._serve(peer))
+
+    @staticmethod
+    def _same_user(peer: socket.socket) -> bool:
+        """Whether the other end belongs to this process's user: the kernel says so."""
+        _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid != os.getuid():
+            log.warning("user %d is refused the shared memory of user %d", uid, os.getuid())
+        return uid == os.getuid()
+
+    async def _serve(self, peer: socket.socket) -> None:
+        with peer:
+            guest = None
+            try:
+                async with asyncio.timeout(HELLO_S):
+                    kind, body = await receive(peer)
+                    if kind is not Kind.HELLO:
+                        raise TransportError("the door is opened with HELLO")
+                    token = bytes(body).decode("latin-1")
+                    caller = self._service.credentials.caller([("authorization", f"Bearer {token}")] if token else [])
+                    await self._welcome(peer, caller)
+                guest = Guest(self._service, peer, caller)
+                while True:
+                    await guest.serve(*await receive(peer))
+            except (ConcertinaError, OSError, TimeoutError, struct.error) as error:
+                log.debug("a guest of the door left: %s", error)
+            finally:
+                if guest is not None:
+                    guest.leave()
+
+    async def _welcome(self, peer: socket.socket, caller: Caller) -> None:
+        # The memory holds everybody's blocks: one tenant among several may not see it.
+        shared = self._shared >= 0 and peer.family == socket.AF_UNIX and caller.admin
+        answer = door.message(Kind.WELCOME, door.ARENA.pack(self._service.arena.size_bytes if shared else 0))
+        if shared:
+            socket.send_fds(peer, [answer], [self._shared])
+        else:
+            await asyncio.get_running_loop().sock_sendall(peer, answer)
+
+
+class Guest:
+    """One connection that has been let in."""
+
+    def __init__(self, service: Service, peer: socket.socket, caller: Caller) -> None:
+        self._service = service
+        self._peer = peer
+        self._caller = caller
+        self._plans: dict[int, tuple[list[Found | None], int]] = {}
+        self._number = 0
+        self._incoming: Incoming | None = None
+        self._scratch = bytearray(0)
+
+    async def serve(self, kind: Kind, body: memoryview) -> None:
+        """Answer one request. Raises TransportError for what is none."""
+        if kind is Kind.PLAN:
+            await self._plan(body)
+        elif kind is Kind.DONE:
+            await self._done(*door.NUMBER.unpack(body))
+        elif kind is Kind.GET:
+            await self._get(body)
+        elif kind is Kind.PUT:
+            await self._put(body)
+        elif kind is Kind.END:
+            await self._end()
+        else:
+            raise TransportError(f"{kind.name} is no request")
+
+    def leave(self) -> None:
+        """Give up what the connection holds: leases, and a block that is not complete."""
+        for _, lease in self._plans.values():
+            self._service.engine.release(lease)
+        self._plans.clear()
+        if self._incoming is not None:
+            self._incoming.abandon()
+
+    def _look(self, body: memoryview) -> tuple[list[Found | None], int]:
+        (tokens,) = door.NUMBER.unpack_from(body)
+        engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
+        return engine.plan_get(ids, 0, engine.reading(ids, tokens))
+
+    async def _plan(self, body: memoryview) -> None:
+        if len(self._plans) >= MAX_PLANS:
+            raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
+        plan, lease = self._look(body)
+        self._number += 1
+        self._plans[self._number] = plan, lease
+        parts = [door.NUMBER.pack(self._number)]
+        for found in plan:
+            if found is None or not self._service.engine.intact(found):
+                parts.append(door.PLANNED.pack(Status.NOT_FOUND, 0, 0))
+                continue
+            header, runs = found.header.to_bytes(), self._runs(found)
+            parts += (door.PLANNED.pack(Status.OK, len(header), len(runs)), header, *(door.RUN.pack(*run) for run in runs))
+        await self._send(door.message(Kind.PLANNED, *parts))
+
+    def _runs(self, found: Found) -> list[tuple[int, int]]:
+        """Where in the arena the payload lies, in bytes, in its order."""
+        arena = self._service.arena
+        rows = zip(found.header.rows, found.layers, strict=False)
+        return [run for row, extents in rows for run in arena.pieces(extents, 0, row.size_bytes)]
+
+    async def _done(self, number: int) -> None:
+        plan, lease = self._plans.pop(number, ([], 0))
+        engine = self._service.engine
+        await self._send(door.message(Kind.INTACT, bytes(found is not None and engine.intact(found) for found in plan)))
+        engine.release(lease)
+
+    async def _get(self, body: memoryview) -> None:
+        plan, lease = self._look(body)
+        try:
+            for found in plan:
+                if found is None or not self._service.engine.intact(found):
+                    await self._send(door.message(Kind.BLOCK, bytes((Status.NOT_FOUND,))))
+                else:
+                    await self._stream(found)
+        finally:
+            self._service.engine.release(lease)
+
+    async def _stream(self, found: Found) -> None:
+        """One block, and after its last byte whether all of them were its own."""
+        await self._send(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
+        size = found.header.payload_bytes
+        for offset in range(0, size, FRAME_BYTES):
+            for piece in await self._service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, size - offset)):
+                await self._send(piece)
+        await self._send(door.INTACT if self._service.engine.intact(found) else door.LOST)
+
+    async def _put(self, body: memoryview) -> None:
+        if not self._service.admitting:
+            raise TransportError("this node takes no more blocks")
+        (tokens,) = door.NUMBER.unpack_from(body)
+        header_bytes = body[door.NUMBER.size :]
+        try:
+            left = BlockHeader.from_bytes(header_bytes).payload_bytes
+        except CorruptBlockError as error:  # how much follows is not known
+            raise TransportError(str(error)) from error
+        if self._incoming is None:
+            self._incoming = Incoming(self._service, self._caller.tenant)
+            self._scratch = self._scratch or bytearray(FRAME_BYTES)
+        incoming, index = self._incoming, len(self._incoming.statuses) + self._incoming.open
+        await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
+        scratch = memoryview(self._scratch)
+        while left:
+            piece = scratch[: min(left, FRAME_BYTES)]
+            await fill(self._peer, piece)
+            await incoming.take(PutFrame(index, None, piece, 0))
+            left -= len(piece)
+
+    async def _end(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        statuses: Sequence[Status] = ()
+        if incoming is not None:
+            incoming.finish()
+            statuses = incoming.statuses
+        await self._send(door.message(Kind.STATUSES, bytes(statuses)))
+
+    async def _send(self, data: bytes | memoryview) -> None:
+        async with asyncio.timeout(PIECE_S):
+            await asyncio.get_running_loop().sock_sendall(self._peer, data)
+
+
+async def receive(peer: socket.socket) -> tuple[Kind, memoryview]:
+    """The next message. Raises TransportError for what is none, ConnectionError at the end."""
+    frame = bytearray(door.FRAME.size)
+    await fill(peer, memoryview(frame), first_s=None)
+    kind, size = door.parse_frame(frame, door.MAX_REQUEST_BYTES)
+    body = memoryview(bytearray(size))
+    await fill(peer, body)
+    return kind, body
+
+
+async def fill(peer: socket.socket, buffer: memoryview, first_s: float | None = PIECE_S) -> None:
+    """Receive exactly `buffer`. The first bytes may take `first_s` seconds (None: for ever), the others PIECE_S."""
+    loop, at, patience_s = asyncio.get_running_loop(), 0, first_s
+    while at < len(buffer):
+        async with asyncio.timeout(patience_s):
+            got = await loop.sock_recv_into(peer, buffer[at:])
+        if not got:
+            raise ConnectionError("the connection has ended")
+        at, patience_s = at + got, PIECE_S
