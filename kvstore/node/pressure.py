@@ -15,9 +15,9 @@ from dataclasses import replace
 from kvstore.errors import ConcertinaError, InvalidInputError
 from kvstore.eviction.cluster import Pressure, waterline
 from kvstore.metadata import Metadata, NodeRecord
+from kvstore.metadata.quotas import MAX_SUBJECTS, QUOTAS, parse_quotas
 
 from .engine import NodeEngine
-from .quotas import MAX_SUBJECTS, QUOTAS, parse_quotas
 
 log = logging.getLogger(__name__)
 

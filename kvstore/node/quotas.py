@@ -1,24 +1,16 @@
 """Bounds on what tenants may hold in the whole cluster.
 
-The bounds are one small value in the metadata, ``{subject: bytes}``. A subject is a tenant, as its credential names it, or a
-namespace in hexadecimal where nodes ask for no credentials. Every node counts what it holds of each, publishes that with its record, and
-makes a tenant that is over its bound give up its own oldest blocks before it takes another: nobody else's go for them.
+The bounds are in the metadata (`kvstore.metadata.quotas`). Every node counts what it holds of each subject, publishes that with its
+record, and makes a tenant that is over its bound give up its own oldest blocks before it takes another: nobody else's go for them.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from kvstore.errors import InvalidInputError
-
 from .table import Entry
 
-#: Name of the bounds in the metadata.
-QUOTAS = "quotas"
-#: Subjects that may have a bound; also the most that a node's record speaks of.
-MAX_SUBJECTS = 64
 #: Oldest blocks of a subject that one walk over the table finds.
 BATCH = 64
 
@@ -26,17 +18,6 @@ BATCH = 64
 def subjects_of(entry: Entry) -> tuple[str, str]:
     """Both names under which a block may be bounded."""
     return entry.owner, entry.header.namespace.hex()
-
-
-def parse_quotas(data: bytes | None) -> dict[str, int]:
-    """The bounds in the metadata's value. Raises InvalidInputError for a value that we did not write."""
-    try:
-        found = json.loads(data or b"{}")
-    except ValueError as error:
-        raise InvalidInputError(f"the quotas in the metadata are no JSON: {error}") from error
-    if not isinstance(found, dict) or not all(type(size) is int and size >= 0 for size in found.values()) or len(found) > MAX_SUBJECTS:
-        raise InvalidInputError(f"quotas are an object of at most {MAX_SUBJECTS} subjects with a number of bytes each")
-    return found
 
 
 class QuotaTable:

@@ -1,4 +1,4 @@
-"""``concertina blocks``: look at the blocks of a running store, and pin, evict or clear them."""
+"""``concertina blocks``: look at the blocks of a running store; pin, evict or clear them; bound what a tenant may hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
 from kvstore.identity import DIGEST_BYTES
-from kvstore.settings import format_size, load
+from kvstore.settings import format_size, load, parse_size
 from services.system import record
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ BY_KEY = ("pin", "unpin", "evict")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("ls", *BY_KEY, "clear"))
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="block keys, 64 hexadecimal digits, for pin, unpin and evict")
+    parser.add_argument("action", choices=("ls", *BY_KEY, "clear", "quota"))
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="block keys, 64 hexadecimal digits; for quota a tenant or a namespace")
     parser.add_argument("--name", default=record.DEFAULT_NAME, help="system (%(default)s)")
     parser.add_argument("--redis", metavar="URL", help="cluster to ask instead, by its metadata")
     parser.add_argument("--namespace", default="", metavar="HEX", help="clear: only blocks of this namespace")
     parser.add_argument("--ttl", type=int, default=3600, metavar="S", help="pin: seconds until it ends by itself (%(default)s)")
+    parser.add_argument("--size", metavar="SIZE", help="quota: what the tenant may hold in the cluster, such as 2GiB; none lifts the quota")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="ls: most blocks to list, 0 for all (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if bool(args.keys) != (args.action in BY_KEY):
+    if args.action == "quota":
+        if len(args.keys) > 1 or bool(args.keys) != (args.size is not None):
+            raise ConfigError("quota shows all quotas, or sets one: blocks quota TENANT --size 2GiB")
+    elif bool(args.keys) != (args.action in BY_KEY):
         raise ConfigError("pin, unpin and evict take one or more KEYs; ls and clear take none")
-    keys = [_digest(key, "key") for key in args.keys]
+    keys = [_digest(key, "key") for key in args.keys if args.action in BY_KEY]
     namespace = _digest(args.namespace, "--namespace") if args.namespace else None
     redis = args.redis or record.require(args.name).redis or ""
     result = asyncio.run(_act(args, redis, keys, namespace))
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _act(args: argparse.Namespace, redis: str, keys: list[bytes], namespace: bytes | None) -> Any:
-    """A list of blocks for ls, counts for clear, one status for each key otherwise."""
+    """A list of blocks for ls, counts for clear, bytes by tenant for quota, one status for each key otherwise."""
     from kvstore.client import ClientConfig, KvClient
 
     client = KvClient(load(ClientConfig, "client", redis_url=redis))
@@ -54,6 +58,10 @@ async def _act(args: argparse.Namespace, redis: str, keys: list[bytes], namespac
         if args.action == "clear":
             blocks, freed = await client.admin.clear(namespace)
             return {"blocks": blocks, "freed_bytes": freed}
+        if args.action == "quota":
+            if not args.keys:
+                return await client.admin.quotas()
+            return await client.admin.set_quota(args.keys[0], None if args.size == "none" else parse_size(args.size))
         if args.action == "pin":
             statuses = await client.admin.pin(keys, args.ttl)
         else:
@@ -82,6 +90,8 @@ async def _list(client: KvClient, limit: int) -> list[dict[str, Any]]:
 def _text(action: str, result: Any) -> str:
     if action == "clear":
         return f"{result['blocks']} blocks dropped, {format_size(result['freed_bytes'])} freed"
+    if action == "quota":
+        return "\n".join(f"{subject}  {format_size(size)}" for subject, size in result.items()) or "no quotas"
     if action != "ls":
         return "\n".join(f"{key}  {status.lower().replace('_', ' ')}" for key, status in result.items())
     lines = []

@@ -26,9 +26,11 @@ def check_profile(path: str | None) -> None:
 
 
 def check_policy(name: str) -> None:
-    from kvstore.eviction import POLICIES
+    from kvstore.eviction import POLICIES, policy_class
 
     _one_of("policy", name, POLICIES)
+    if policy_class(name).sees_future:
+        raise ConfigError(f"--policy {name} sees the future, which only `concertina replay` knows; choose another, such as value")
 
 
 def check_engine(name: str) -> None:

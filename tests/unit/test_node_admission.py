@@ -12,10 +12,10 @@ from kvstore.errors import ConfigError, InvalidInputError
 from kvstore.eviction import create
 from kvstore.eviction.cluster import BINS, Pressure, bin_of
 from kvstore.metadata import InprocMetadata, InprocState, NodeRecord
+from kvstore.metadata.quotas import MAX_SUBJECTS, parse_quotas, read_quotas, set_quota
 from kvstore.node.config import NodeConfig
 from kvstore.node.engine import NodeEngine
 from kvstore.node.pressure import ClusterOrder
-from kvstore.node.quotas import QUOTAS, parse_quotas
 from kvstore.node.requests import Requests
 from kvstore.node.status import Status
 from tests.node_support import NAMESPACE, block, key_of
@@ -171,7 +171,20 @@ def test_quotas_that_cannot_be_read_are_refused(value: bytes) -> None:
     with pytest.raises(InvalidInputError):
         parse_quotas(value)
     assert parse_quotas(None) == {}
-    assert QUOTAS == "quotas"
+
+
+async def test_quotas_are_kept_in_the_metadata() -> None:
+    metadata = InprocMetadata(ManualClock())
+    assert await set_quota(metadata, "alice", 100) == {"alice": 100}
+    assert await set_quota(metadata, "bob", 5) == {"alice": 100, "bob": 5}
+    assert await set_quota(metadata, "alice", None) == {"bob": 5} == await read_quotas(metadata)
+    for subject, size in (("", 1), ("x" * 65, 1), ("carol", -1), ("a\nb", 1)):
+        with pytest.raises(InvalidInputError):
+            await set_quota(metadata, subject, size)
+    for number in range(MAX_SUBJECTS - 1):
+        await set_quota(metadata, f"tenant {number}", 1)
+    with pytest.raises(InvalidInputError):
+        await set_quota(metadata, "one too many", 1)
 
 
 def test_usage_that_cannot_be_read_is_nothing() -> None:
