@@ -1,7 +1,7 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test sim fault lint protos lock image bench
+.PHONY: help setup model demo up down test sim fault lint protos lock image bench load
 
 PYTHON ?= python3
 MODEL ?=
@@ -13,6 +13,7 @@ SEED ?= 1
 JOBS ?= 0
 REPS ?= 20
 IMAGE ?= concertina:dev
+MINUTES ?= 10
 
 BIN := .venv/bin
 PROTOS := protos/concertina/kvstore/v1/kvstore.proto protos/concertina/inference/v1/inference.proto
@@ -23,7 +24,7 @@ STAMP := .venv/.setup-$(shell { cat $(SETUP_FILES); echo "$(CURDIR)"; } | cksum 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), REPS=$(REPS), IMAGE=$(IMAGE)"
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), REPS=$(REPS), IMAGE=$(IMAGE), MINUTES=$(MINUTES) for make load"
 
 setup: $(STAMP) model ## make .venv from the lock and fetch the default model (once; then it takes a moment)
 
@@ -55,6 +56,9 @@ test: setup ## all tests that need no GPU
 
 sim: setup ## simulate N clusters on virtual time, seeds SEED and up, on JOBS cores (0: all); what fails is replayed by `make test` for ever
 	$(BIN)/python -m tests.sim --n $(N) --seed $(SEED) --jobs $(JOBS)
+
+load: setup ## a system under twice the load that it can take, for MINUTES
+	$(BIN)/concertina bench serving --load $(MINUTES)
 
 bench: setup ## all benchmarks: results to tests/bench, the README's plots from them to deploy/docs; tens of minutes
 	$(BIN)/concertina bench all --out tests/bench --plots deploy/docs

@@ -1,0 +1,53 @@
+"""vLLM beside our engine, in a process and, if wanted, an environment of its own. Run as a script it is that process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 300
+SEED = 0
+
+
+def measure(model: Path, python: str | None, batches: tuple[int, ...], prompt_tokens: int, new: int) -> dict[str, Any]:
+    """``version`` and ``rows`` of vLLM, or why there are none under ``absent``."""
+    if python is None and importlib.util.find_spec("vllm") is None:
+        return {"absent": "not installed here; name a Python that has it with --vllm-python"}
+    asked = {"model": str(model), "batches": batches, "prompt_tokens": prompt_tokens, "new": new}
+    command = [python or sys.executable, __file__, json.dumps(asked)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"absent": f"did not run: {error}"}
+
+
+def main(asked: dict[str, Any]) -> dict[str, Any]:
+    """The same requests as ours, twice: the first time warms up."""
+    import random
+
+    import vllm
+
+    new, draw = asked["new"], random.Random(SEED)
+    engine = vllm.LLM(model=asked["model"], enforce_eager=True, max_model_len=2048, enable_prefix_caching=False)
+    rows = []
+    for batch in asked["batches"]:
+        seconds = {}
+        for count in (1, new, 1, new):
+            sampling = vllm.SamplingParams(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True)
+            prompts = [{"prompt_token_ids": [draw.randrange(1000, 40000) for _ in range(asked["prompt_tokens"])]} for _ in range(batch)]
+            began = time.perf_counter()
+            engine.generate(prompts, sampling, use_tqdm=False)
+            seconds[count] = time.perf_counter() - began
+        decode = batch * (new - 1) / (seconds[new] - seconds[1])
+        rows.append({"requests": batch, "tokens_per_s": batch * new / seconds[new], "decode_tokens_per_s": decode, "ttft_s": seconds[1]})
+    return {"version": vllm.__version__, "rows": rows}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
