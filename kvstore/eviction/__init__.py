@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from .base import BlockInfo, EvictionPolicy, Request, Victim
 
-__all__ = ["DEFAULT", "POLICIES", "BlockInfo", "EvictionPolicy", "Request", "Victim", "create", "names", "policy_class"]
+__all__ = ["DEFAULT", "POLICIES", "BlockInfo", "EvictionPolicy", "Request", "Victim", "create", "create_online", "names", "policy_class"]
 
 #: Name -> class, imported on use.
 POLICIES: dict[str, str] = {
@@ -59,3 +59,16 @@ def create(name: str = DEFAULT, **options: Any) -> EvictionPolicy:
             f"policy {name} has no setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known)) or 'none'}"
         )
     return cls(cls.Config(**options))
+
+
+def create_online(name: str = DEFAULT, **options: Any) -> EvictionPolicy:
+    """A new policy for a store that really runs.
+
+    Raises
+    ------
+    ConfigError
+        Like `create`, and for a policy that sees the future.
+    """
+    if policy_class(name).sees_future:
+        raise ConfigError(f"policy {name} sees the future, which only a replay of one store knows; choose another, such as {DEFAULT}")
+    return create(name, **options)

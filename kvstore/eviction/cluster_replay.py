@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from . import create
+from . import create_online
 from .base import BlockInfo, EvictionPolicy, Request
 from .cluster import Placer, Pressure, is_admitted, waterline
 from .replay import Ladder, Outcome, Progress, count_hit, take_one
@@ -134,9 +134,7 @@ class _Cluster:
         self.nodes = []
         for number in range(nodes):
             share = (capacity_blocks * (number + 1) // nodes - capacity_blocks * number // nodes) * ladder.sizes[0]
-            self.nodes.append(_Node(str(number), create(policy), share))
-            if self.nodes[-1].policy.sees_future:
-                raise ConfigError(f"policy {policy} sees the future of one store; choose another for a cluster")
+            self.nodes.append(_Node(str(number), create_online(policy), share))
         self.placers = [Placer(node.name) for node in self.nodes]
         self.waterline = 0.0
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from kvstore.arena.pages import AccountingError, Extent, PageAllocator
 from kvstore.block import BlockHeader
 from kvstore.clock import Clock
-from kvstore.errors import CapacityError, ConfigError, InvalidInputError
+from kvstore.errors import CapacityError, InvalidInputError
 from kvstore.eviction.base import EvictionPolicy, Request
 
 from .admission import Admission
@@ -72,8 +72,6 @@ class NodeEngine:
     ) -> None:
         self.config = config
         self.clock = clock
-        if policy.sees_future:
-            raise ConfigError(f"policy {policy.name} sees the future, which only a replay knows; choose another --policy, such as value")
         self.policy = policy
         self.requests = Requests(clock)
         self.allocator = allocator

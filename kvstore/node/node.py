@@ -100,7 +100,7 @@ class StoreNode:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config, clock = self.config, self.clock
-        policy = eviction.create(config.policy)
+        policy = eviction.create_online(config.policy)
         metadata = self._given_metadata
         if metadata is None:
             metadata = connect(config.redis, config.prefix) if config.redis else InprocMetadata(clock)

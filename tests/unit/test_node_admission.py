@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.arena import PageAllocator
 from kvstore.clock import ManualClock
-from kvstore.errors import ConfigError, InvalidInputError
+from kvstore.errors import InvalidInputError
 from kvstore.eviction import create
 from kvstore.eviction.cluster import BINS, Pressure, bin_of
 from kvstore.metadata import InprocMetadata, InprocState, NodeRecord
@@ -192,8 +192,3 @@ def test_usage_that_cannot_be_read_is_nothing() -> None:
     for usage in ("nonsense", "[1]", '{"x": "y"}', ""):
         node.order().hear([record("b", 0, 1.0, usage=usage)], b'{"x": 5}')
         assert node.engine.admission.quotas.over(["x"], 5) is None
-
-
-def test_a_node_refuses_to_see_the_future() -> None:
-    with pytest.raises(ConfigError, match="value"):
-        Node(policy="opt")
