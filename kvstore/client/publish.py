@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from kvstore.arena.host import host_identity
 from kvstore.block import EncodedBlock
 from kvstore.errors import ConcertinaError, InvalidInputError
 from kvstore.identity import NO_PARENT
@@ -67,7 +68,7 @@ class Publisher:
         self._dropped = metrics.publish_dropped
         self._corrupt = metrics.corrupt_blocks
         self._gauge = metrics.publish_queue_blocks
-        self._placement = Placement()
+        self._placement = Placement(host_identity())
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
         self._in_flight = 0
