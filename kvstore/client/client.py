@@ -13,6 +13,7 @@ from kvstore.metrics import Metrics
 
 from .admin import Admin
 from .config import ClientConfig
+from .copies import HotCopies
 from .doors import Doors
 from .fetch import Demand, Fetched, Fetcher, OnBlock
 from .lookup import Hit, Lookup
@@ -60,6 +61,7 @@ class KvClient:
         self._lookup = Lookup(self._membership, config.tidy_after_s)
         self._fetcher = Fetcher(self._transport, self._membership, config, self.metrics, clock, self._doors)
         self._publisher = Publisher(self._transport, self._membership, self._lookup, config, self.metrics, self._doors)
+        self._copies = HotCopies(clock, config.copy_bytes_per_s)
         self.admin = Admin(self._transport, self._membership, config.rpc_timeout_s)
 
     async def start(self) -> None:
@@ -135,7 +137,10 @@ class KvClient:
             The blocks refer to the buffers that they arrived in.
         """
         demand = Demand(namespace, parent_of_first, max_distortion, input_tokens)
-        return await self._fetcher.fetch(hits, demand, deadline_s, on_block)
+        fetched = await self._fetcher.fetch(hits, demand, deadline_s, on_block)
+        if (copies := self._copies.choose(hits, fetched.blocks, self._membership.living())) is not None:
+            self._publisher.offer(copies[1], input_tokens, copy_to=copies[0])
+        return fetched
 
     def publish(self, blocks: Sequence[EncodedBlock], *, input_tokens: int = 0) -> int:
         """Queue blocks for writing and return at once. The leading ones that fit are taken; the number is returned.

@@ -33,6 +33,8 @@ class ClientConfig:
         Bounds of what waits to be published; more is dropped and counted.
     batch_blocks, batch_bytes : int
         Published in one round: one lookup, one Put stream to each node.
+    copy_bytes_per_s : int
+        Bound of the second copies that are made of what a busy node's readers wait for.
     put_timeout_s, rpc_timeout_s : float
         Deadlines of one Put stream, and of each administrative call.
     credential : str
@@ -64,6 +66,7 @@ class ClientConfig:
     queue_bytes: int = 512 << 20
     batch_blocks: int = 64
     batch_bytes: int = 64 << 20
+    copy_bytes_per_s: int = 32 << 20
     put_timeout_s: float = 5.0
     rpc_timeout_s: float = 5.0
     credential: str = ""

@@ -20,12 +20,13 @@ MAX_TIDY_KEYS = 8192
 
 
 class Hit(NamedTuple):
-    """A block that a living node has announced: where, stored bytes, layers of precision."""
+    """A block that a living node has announced: where, stored bytes, layers of precision, and how many nodes have it as good."""
 
     key: bytes
     node: NodeRecord
     size_bytes: int
     fidelity: int
+    copies: int = 1
 
 
 class Lookup:
@@ -88,7 +89,7 @@ class Lookup:
             best = max(place.fidelity for place in alive)
             copies = [place for place in alive if place.fidelity == best]
             place = copies[key[-1] % len(copies)]
-            hits.append(Hit(key, living[place.incarnation], place.size_bytes, place.fidelity))
+            hits.append(Hit(key, living[place.incarnation], place.size_bytes, place.fidelity, len(copies)))
         return hits
 
     def _tidy(self, keys: Sequence[bytes], found: Sequence[tuple[Location, ...]], strangers: set[str]) -> None:

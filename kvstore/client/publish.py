@@ -46,6 +46,7 @@ class _Item(NamedTuple):
     block: EncodedBlock
     size_bytes: int
     input_tokens: int
+    copy_to: str = ""
 
 
 class Publisher:
@@ -93,8 +94,10 @@ class Publisher:
         self._queued_bytes = self._in_flight = 0
         self._note()
 
-    def offer(self, blocks: Sequence[EncodedBlock], input_tokens: int) -> int:
+    def offer(self, blocks: Sequence[EncodedBlock], input_tokens: int, copy_to: str = "") -> int:
         """Take the leading blocks that fit; the rest is dropped and counted. Returns how many were taken.
+
+        Blocks for the node `copy_to` (an incarnation) are second copies of what another node holds.
 
         Raises
         ------
@@ -111,7 +114,7 @@ class Publisher:
             size = block.header.total_bytes
             if self._waiting >= self._config.queue_blocks or self._queued_bytes + size > self._config.queue_bytes:
                 break
-            self._queue.append(_Item(block, size, input_tokens))
+            self._queue.append(_Item(block, size, input_tokens, copy_to))
             self._queued_bytes += size
             taken += 1
         self._drop(len(blocks) - taken, "full")
@@ -200,7 +203,10 @@ class Publisher:
         for item in batch:
             header = item.block.header
             held = [place for place in found[header.key] if place.incarnation in nodes]
-            if not held:
+            if item.copy_to:
+                if item.copy_to in nodes and len(held) == 1 and held[0].incarnation != item.copy_to:
+                    yield nodes[item.copy_to], item
+            elif not held:
                 new.append(item)
             elif all(place.fidelity < header.present for place in held):
                 yield nodes[held[0].incarnation], item

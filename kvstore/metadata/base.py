@@ -78,6 +78,8 @@ class NodeRecord(_Record):
         ``host:port`` of its `kvstore.door`; empty where only gRPC is served.
     pressure : str
         `kvstore.eviction.cluster.Pressure` as text: the node's bytes by value.
+    readers : float
+        Reads under way at one time, averaged over the last seconds.
     usage : str
         JSON object: bytes held by each tenant or namespace that has a quota.
     """
@@ -95,6 +97,7 @@ class NodeRecord(_Record):
     started: float = 0.0
     door: str = ""
     pressure: str = ""
+    readers: float = 0.0
     usage: str = ""
 
 

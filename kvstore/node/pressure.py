@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 #: A report is made afresh after so many seconds or requests, whichever comes first.
 REPORT_S = 0.25
 REPORT_REQUESTS = 20
+#: Weight of the newest sample in the mean number of readers.
+_READERS_WEIGHT = 0.25
 #: Seconds between two exchanges of lessons, about 11 KB a node; they are cumulative, so an old one is a little short, never wrong.
 LESSONS_S = 10.0
 LESSONS_TTL_S = 6 * LESSONS_S
@@ -50,6 +52,7 @@ class ClusterOrder:
         self._interval_s = interval_s
         self._report: Pressure | None = None
         self._reported = (0.0, 0)
+        self._readers = 0.0
         self._others: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -70,12 +73,14 @@ class ClusterOrder:
         if self._report is None or now - since >= REPORT_S or requests - until >= REPORT_REQUESTS:
             self._reported = now, requests
             engine = self._engine
+            self._readers += _READERS_WEIGHT * (len(engine.leases) - self._readers)  # every read is under a lease, whatever its way
             self._report = Pressure.of(engine.free_bytes, engine.arena_bytes, *engine.policy.census(now))
         return self._report
 
     def sign(self, record: NodeRecord) -> NodeRecord:
-        """The node's record with its report and what it holds of tenants with a quota."""
-        return replace(record, pressure=self.report().to_text(), usage=json.dumps(self._engine.admission.quotas.usage()))
+        """The node's record with its report, how many read at a time, and what it holds of tenants with a quota."""
+        usage = json.dumps(self._engine.admission.quotas.usage())
+        return replace(record, pressure=self.report().to_text(), readers=round(self._readers, 2), usage=usage)
 
     def hear(self, records: Iterable[NodeRecord], quotas: bytes | None) -> None:
         """Take the newest records of all living nodes, this one's included, and the metadata's value of `QUOTAS`.
