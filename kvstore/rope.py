@@ -46,6 +46,13 @@ class RopeSpec:
         """The rotation of one layer: here, the same for all."""
         return self
 
+    def tables(self, positions: torch.Tensor, *, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, scaled, by which each pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin): float32 [*positions, pairs]."""
+        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=positions.device)
+        angle = positions.to(torch.float32)[..., None] * inv_freq
+        cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
+        return (cos / self.scale**2, -sin / self.scale**2) if inverse else (cos, sin)
+
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
         """Apply (or with `inverse` remove) the rotation.
 
@@ -61,11 +68,7 @@ class RopeSpec:
         """
         if not self.inv_freq:
             return keys
-        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=keys.device)
-        angle = positions.to(keys.device, torch.float32)[..., None] * inv_freq
-        cos, sin = angle.cos() * self.scale, angle.sin() * self.scale
-        if inverse:
-            cos, sin = cos / self.scale**2, -sin / self.scale**2
+        cos, sin = self.tables(positions.to(keys.device), inverse=inverse)
         out = keys.float().clone()
         half = len(self.inv_freq)
         if self.interleaved:

@@ -16,13 +16,13 @@ import numpy as np
 
 from kvstore.errors import InvalidInputError
 
-PROBABILITY_BITS = 12
+from .rans import ESCAPE_BASE, PROBABILITY_BITS
+
 TOTAL = 1 << PROBABILITY_BITS
 #: Symbols of the largest table.
 MAX_SYMBOLS = 64
 #: The escape symbol covers int16 with this many plain bits.
 ESCAPE_BITS = 16
-ESCAPE_BASE = -(1 << 15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class Book:
     start: np.ndarray = field(init=False)
     #: uint8 [tables, 4096]: symbol of each slot.
     slots: np.ndarray = field(init=False)
+    #: uint64 [tables, MAX_SYMBOLS]: all that a coder needs of a symbol in one word: frequency, start, the first number that it covers
+    #: (16 bits each) and its plain bits; 0 for symbols that the table lacks.
+    entries: np.ndarray = field(init=False)
     #: float32 [tables, MAX_SYMBOLS]: bits that a symbol costs, its plain bits included; infinite for symbols that the table lacks.
     cost: np.ndarray = field(init=False)
 
@@ -70,15 +73,25 @@ class Book:
         bits = np.where(np.arange(MAX_SYMBOLS) == self.escape[:, None], ESCAPE_BITS, self.shift[:, None])
         with np.errstate(divide="ignore"):
             cost = (PROBABILITY_BITS - np.log2(freq.astype(np.float64)) + bits).astype(np.float32)
-        for name, value in (("freq", freq), ("start", (end - freq).astype(np.uint16)), ("slots", slots), ("cost", cost)):
+        start = (end - freq).astype(np.uint16)
+        values = {"freq": freq, "start": start, "slots": slots, "cost": cost, "entries": self._entries(freq, start, bits)}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         for name, dtype in (("first", np.int16), ("shift", np.uint8), ("escape", np.int16)):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What the kernels take, in their order."""
-        return self.freq, self.start, self.slots, self.first, self.shift, self.escape
+        """What the CPU's kernels take, in their order."""
+        return self.entries, self.slots, self.first, self.shift, self.escape
+
+    def _entries(self, freq: np.ndarray, start: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        symbols = np.arange(MAX_SYMBOLS)
+        numbers = np.asarray(self.first, np.int64)[:, None] + (symbols << np.asarray(self.shift, np.int64)[:, None])
+        numbers = np.where(symbols == np.asarray(self.escape)[:, None], ESCAPE_BASE, numbers)
+        fields = (freq, start, numbers & 0xFFFF, bits)
+        packed = sum(np.asarray(f, np.int64).astype(np.uint64) << np.uint64(16 * i) for i, f in enumerate(fields))
+        return np.where(freq > 0, packed, np.uint64(0))
 
 
 def frequencies(probability: np.ndarray) -> np.ndarray:

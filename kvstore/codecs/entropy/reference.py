@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .book import ESCAPE_BASE, ESCAPE_BITS, PROBABILITY_BITS, TOTAL, Book
-from .rans import LANES, LOW, STATE_WORDS
+from .book import ESCAPE_BITS, TOTAL, Book
+from .rans import ESCAPE_BASE, LANES, LOW, PROBABILITY_BITS, STATE_WORDS
 
 
 def encode(numbers: np.ndarray, contexts: np.ndarray, tables: np.ndarray, book: Book) -> list[int]:

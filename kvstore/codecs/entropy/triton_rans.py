@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .book import ESCAPE_BASE, ESCAPE_BITS, MAX_SYMBOLS, PROBABILITY_BITS, Book
-from .rans import LANES, LOW, STATE_WORDS, max_words
+from .book import ESCAPE_BITS, MAX_SYMBOLS, Book
+from .rans import ESCAPE_BASE, LANES, LOW, PROBABILITY_BITS, STATE_WORDS, max_words
 
 
 @triton.jit

@@ -28,10 +28,8 @@ from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError
 from kvstore.layout import KVLayout
 
 from ..base import Codec, Coded, Stored
-from . import rate
-from .coder import BlockDecoder, BlockEncoder
-from .groups import gather, split
-from .moments import unrotate
+from . import native, rate
+from .coder import BlockEncoder
 from .parallel import spread
 from .payload import LayerPayload
 from .projection import Projection
@@ -107,24 +105,27 @@ class TransformCodec(Codec):
         return out
 
     def _encode_chunk(self, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], tokens: torch.Tensor | None) -> list[Coded]:
-        blocks, length = len(starts), k.shape[3]
-        projection = Projection.of(self.profile, self.layout, k.device)
-        positions = torch.tensor(starts, device=k.device)[:, None] + torch.arange(length, device=k.device)
-        rows = projection.rows(tokens)
-        coefficients = []
-        for i, group in enumerate(projection.groups):
-            x = gather(unrotate(self.layout, k[:, group.first : group.last], positions), v[:, group.first : group.last])
-            x -= projection.base(i, rows, len(x))
-            coefficients.append((projection.encoders[i].T @ x.T).view(-1, blocks, length).cpu().numpy())
-        energy = [[float(x[b].float().square().sum()) for x in (k, v)] for b in range(blocks)]
+        length = k.shape[3]
+        projection = Projection.of(self.profile, self.layout)
+        made = native.transform(self.layout, projection, k, v, self._positions(starts, length), tokens)
+        energy = torch.stack([x.flatten(1).norm(dim=1, dtype=torch.float32).square() for x in (k, v)], 1).tolist()
 
         def one(b: int) -> Coded:
-            exact, bfloat16 = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
-            skip = 1 if exact else 0
-            mine = [np.ascontiguousarray(c[:, b, skip:]) for c in coefficients]
-            return self._encode_block(projection, mine, starts[b], length, (exact, bfloat16), energy[b])
+            sink = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
+            skip = 1 if sink[0] else 0
+            seen = [z[b * length + skip : (b + 1) * length] for z in made.seen]
+            encoder = self._encoder(projection, made.coefficients, b * length + skip, length - skip)
+            return self._encode_block(projection, encoder, seen, starts[b], sink, energy[b])
 
-        return spread(one, range(blocks))
+        return spread(one, range(len(starts)))
+
+    @staticmethod
+    def _positions(starts: Sequence[int], length: int) -> torch.Tensor:
+        return torch.tensor(starts)[:, None] + torch.arange(length)
+
+    @staticmethod
+    def _encoder(projection: Projection, coefficients: list[np.ndarray], begin: int, tokens: int) -> BlockEncoder:
+        return BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients, begin, tokens)
 
     @staticmethod
     def _exact(k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> tuple[bytes, bool]:
@@ -134,13 +135,12 @@ class TransformCodec(Codec):
         return first.to(torch.bfloat16 if large else torch.float16).view(torch.uint8).cpu().numpy().tobytes(), large
 
     def _encode_block(
-        self, projection: Projection, coefficients: list[np.ndarray], start: int, length: int,
-        sink: tuple[bytes, bool], energy: Sequence[float],
+        self, projection: Projection, encoder: BlockEncoder, seen: list[np.ndarray], start: int, sink: tuple[bytes, bool],
+        energy: Sequence[float],
     ) -> Coded:
-        rungs, (exact, bfloat16) = self.config.rungs, sink
-        encoder = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
-        raw, spent = self.layout.raw_bytes(length), self._header_bytes(len(rungs))
-        steps = self._steps_for_divergence(projection, coefficients, len(rungs)) if self.config.max_divergence is not None else None
+        rungs, (exact, bfloat16), length = self.config.rungs, sink, encoder.tokens + bool(sink[0])
+        raw, spent, count = self.layout.raw_bytes(length), self._header_bytes(len(rungs)), encoder.tokens * self.layout.values_per_token
+        steps = self._steps_for_divergence(projection, encoder, len(rungs)) if self.config.max_divergence is not None else None
         layers, distortions, divergences = [], [], []
         for i, ratio in enumerate(rungs):
             if steps is None:
@@ -153,18 +153,20 @@ class TransformCodec(Codec):
             first = LayerPayload(made.steps, made.words, exact, bfloat16) if i == 0 else made
             layers.append(first.to_bytes())
             spent += len(layers[-1])
-            errors = encoder.errors()
-            distortions.append(projection.distortion(errors, energy))
-            divergences.append(projection.expected_divergence(errors))
+            missing = [z.copy() for z in seen]
+            divergences.append(projection.expected_divergence(encoder.lost(projection.sketches, missing), count))
+            distortions.append(projection.distortion(missing, energy))
         return Coded(tuple(layers), tuple(distortions), tuple(divergences))
 
-    def _steps_for_divergence(self, projection: Projection, coefficients: list[np.ndarray], count: int) -> list[int]:
+    def _steps_for_divergence(self, projection: Projection, encoder: BlockEncoder, count: int) -> list[int]:
         """Step indices of the layers, the last one as coarse as `max_divergence` allows."""
+        nothing = [np.zeros((encoder.tokens, 0), dtype=np.float32) for _ in projection.groups]
+        no_sketch = [np.zeros((g.width, 0), dtype=np.float32) for g in projection.groups]
 
         def harm(m: int) -> float:
-            trial = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
+            trial = self._encoder(projection, [g.c for g in encoder.groups], encoder.begin, encoder.tokens)
             trial.layer_at(m)
-            return projection.expected_divergence(trial.errors())
+            return projection.expected_divergence(trial.lost(no_sketch, nothing), encoder.tokens * self.layout.values_per_token)
 
         low, high = projection.guess(1.5), projection.guess(COARSEST * 8)
         while high - low > 1:
@@ -191,39 +193,17 @@ class TransformCodec(Codec):
             self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
 
     def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
-        length, device = blocks[0].tokens, k.device
-        projection = Projection.of(self.profile, self.layout, device)
+        projection = Projection.of(self.profile, self.layout)
         parsed = [self._parsed(b, len(projection.groups)) for b in blocks]
-        exact = [layers[0] if b.start == 0 else None for b, layers in zip(blocks, parsed, strict=True)]
-        decoders = [BlockDecoder.of(projection.models, length - (e is not None), p) for e, p in zip(exact, parsed, strict=True)]
-        rows = projection.rows(tokens)
-        rotation = self._rotation(blocks, length, device)
-        for i, group in enumerate(projection.groups):
-            kappa, shape = projection.kappa[i], projection.shape[i]
-            count = max(d.active(kappa) for d in decoders)
-            c = np.empty((count, len(blocks), length), dtype=np.float32)
-
-            def one(b: int, i: int = i, kappa: np.ndarray = kappa, shape: np.ndarray = shape, c: np.ndarray = c) -> None:
-                skip = length - decoders[b].tokens
-                c[:, b, :skip] = 0
-                decoders[b].group(i, kappa, shape, c[:, b, skip:])
-
-            spread(one, range(len(blocks)))
-            x = projection.values(i, torch.from_numpy(c).to(device).flatten(1), rows)
-            keys, values = split(x, group, self.layout, len(blocks))
-            k[:, group.first : group.last] = rotation(keys)
-            v[:, group.first : group.last] = values
-        for b, layer in enumerate(exact):
-            if layer is not None:
-                self._put_exact(layer, k[b], v[b])
+        positions = self._positions([b.start for b in blocks], k.shape[3])
+        native.restore(self.layout, projection, parsed, [b.start == 0 for b in blocks], positions, tokens, k, v)
+        for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
+            if block.start == 0:
+                self._put_exact(layers[0], k_LHTD, v_LHTD)
 
     def _parsed(self, block: Stored, groups: int) -> list[LayerPayload]:
         sink = self.layout.raw_bytes(1) if block.start == 0 else 0
         return [LayerPayload.from_bytes(data, groups, sink if i == 0 else 0) for i, data in enumerate(block.layers)]
-
-    def _rotation(self, blocks: Sequence[Stored], length: int, device: torch.device) -> Any:
-        positions = torch.tensor([b.start for b in blocks], device=device)[:, None] + torch.arange(length, device=device)
-        return lambda keys: unrotate(self.layout, keys, positions, inverse=False)
 
     @staticmethod
     def _put_exact(layer: LayerPayload, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:

@@ -12,10 +12,11 @@ from kvstore.errors import CorruptBlockError
 
 from ..entropy import rans
 from . import kernels
-from .ladder import MAX_DROP, MAX_PASSES, MAX_STEP, MIN_STEP, Ladder
-from .models import OCTAVE, Models
+from .ladder import DITHER, MAX_DROP, MAX_PASSES, MAX_STEP, MIN_STEP, Ladder
+from .models import LAW, OCTAVE, Models
 from .payload import LayerPayload, joined
 from .rate import cheapest_within
+from .rows import add_rare
 
 #: Numbers are int16; no step is chosen that would need larger ones.
 _LARGEST_NUMBER = 30_000
@@ -23,13 +24,22 @@ _LARGEST_NUMBER = 30_000
 
 @dataclass(slots=True)
 class _Group:
-    """Coefficients [R, T] of one group of a block, and the cells they are in."""
+    """One block's coefficients of one group, and the cells they are in. Letters and arrays as in `kernels`."""
 
     c: np.ndarray
     kappa: np.ndarray
     shape: np.ndarray
     kinds: np.ndarray
     lows: np.ndarray
+    loud: np.ndarray
+    peaks: np.ndarray
+    energies: np.ndarray
+
+    @classmethod
+    def of(cls, c: np.ndarray, kappa: np.ndarray, shape: np.ndarray, tokens: int) -> _Group:
+        rows = len(c)
+        cells = np.zeros((rows, tokens), dtype=np.uint8), np.zeros((rows, tokens), dtype=np.float32), np.zeros(rows, dtype=np.uint8)
+        return cls(c, kappa, shape, *cells, np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.float32))
 
 
 class BlockEncoder:
@@ -39,31 +49,31 @@ class BlockEncoder:
     ----------
     models : Models
     kappa, shape : int32 [R] of each group
-    coefficients : float32 [R, T] of each group, C-contiguous
+    coefficients : float32 [R, N] of each group, C-contiguous
+        Of many blocks.
+    begin, tokens : int
+        The columns that are this block's.
     """
 
     def __init__(
-        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray]
+        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray],
+        begin: int, tokens: int,
     ) -> None:
-        self.models = models
-        self.groups = [
-            _Group(c, k, s, np.zeros(c.shape, dtype=np.uint8), np.zeros(c.shape, dtype=np.float32))
-            for c, k, s in zip(coefficients, kappa, shape, strict=True)
-        ]
+        self.models, self.begin, self.tokens = models, begin, tokens
+        self.groups = [_Group.of(*each, tokens) for each in zip(coefficients, kappa, shape, strict=True)]
         self.steps: list[int] = []
-        largest = max((float(np.abs(c).max(initial=0.0)) for c in coefficients), default=0.0)
+        largest = max(float(kernels.measure(g.c, begin, tokens, g.peaks, g.energies)) for g in self.groups)
         self.finest = max(MIN_STEP, math.ceil(OCTAVE * math.log2(max(largest, 1e-30) / _LARGEST_NUMBER)))
-
-    @property
-    def tokens(self) -> int:
-        return self.groups[0].c.shape[1]
 
     def price(self, m: int) -> float:
         """Bytes that a further pass at step index `m` would take."""
         ladder, p = Ladder.of([*self.steps, m]), len(self.steps)
         book, zero = self.models.book, self.models.zero
-        tables = (zero, book.cost, book.first, book.shift, book.escape)
-        bits = sum(kernels.price(g.c, g.kinds, g.lows, g.kappa, g.shape, p, *ladder.arrays, *tables) for g in self.groups)
+        tables = (zero, book.cost, book.first, book.shift, book.escape, LAW)
+        bits = sum(
+            kernels.price(g.c, self.begin, g.kinds, g.lows, g.loud, g.peaks, g.kappa, g.shape, p, *ladder.arrays, *tables)
+            for g in self.groups
+        )
         return bits / 8 + len(self.groups) * (2 * rans.STATE_WORDS + 4) + 2
 
     def layer_within(self, budget: float, guess: int) -> LayerPayload:
@@ -98,24 +108,27 @@ class BlockEncoder:
         return size
 
     def _stream(self, g: _Group, p: int, ladder: Ladder) -> np.ndarray:
-        count = kernels.active(g.kappa, ladder.steps[p])
+        steps, parts, log_width, width = ladder.arrays
+        count = kernels.active(g.kappa, steps[p], LAW)
         numbers = np.empty((count, self.tokens), dtype=np.int16)
-        kernels.quantize(g.c, g.kinds, g.lows, g.kappa, p, ladder.steps, ladder.parts, ladder.width, numbers)
-        tables = kernels.tables_of(g.kappa, g.shape, count, p, ladder.steps, ladder.parts, ladder.log_width, self.models.zero)
+        kernels.quantize(g.c, self.begin, g.kinds, g.lows, g.loud, g.peaks, g.kappa, p, steps, parts, width, LAW, numbers)
+        tables = kernels.tables_of(g.kappa, g.shape, count, p, steps, parts, log_width, self.models.zero, LAW)
         out = np.empty(rans.max_words(numbers.size), dtype=np.uint16)
         begin = rans.encode(numbers, g.kinds[:count], tables, out, *self.models.book.arrays)
-        kernels.advance(numbers, g.kinds, g.lows, g.kappa, p, ladder.steps, ladder.parts, ladder.width)
+        kernels.advance(numbers, g.kinds, g.lows, g.loud, g.kappa, p, steps, parts, width, LAW)
         return out[begin:].copy()
 
-    def errors(self) -> list[np.ndarray]:
-        """Coefficients minus what a decoder of all passes so far rebuilds, float32 [R, T] of each group."""
-        ladder, out = Ladder.of(self.steps), []
-        for g in self.groups:
-            rebuilt = np.empty_like(g.c)
-            cells = (g.kinds, g.lows, g.kappa, g.shape, len(self.steps), ladder.steps, ladder.width, ladder.log_width)
-            kernels.rebuild(*cells, self.models.centre, rebuilt)
-            out.append(g.c - rebuilt)
-        return out
+    def lost(self, sketches: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> float:
+        """Sum of squared errors of all coefficients, against what a decoder of all passes so far rebuilds.
+
+        Takes what it rebuilds times `sketches` (float32 [R, S] of each group) from `seen` (float32 [tokens, S] of each group).
+        """
+        ladder = Ladder.of(self.steps)
+        place = (len(self.steps), ladder.steps, ladder.width, ladder.log_width, self.models.centre, LAW)
+        return sum(
+            kernels.residue(g.c, self.begin, g.kinds, g.lows, g.loud, g.energies, g.kappa, g.shape, *place, sketch, z)
+            for g, sketch, z in zip(self.groups, sketches, seen, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +153,28 @@ class BlockDecoder:
         """Decoder of parsed layers. Raises CorruptBlockError for steps that no encoder writes."""
         return cls(models, tokens, *joined(layers))
 
-    def active(self, kappa: np.ndarray) -> int:
-        """How many of a group's coefficients are not dropped."""
-        return int(kernels.active(kappa, self.ladder.steps[-1]))
+    def common(self, kappa: np.ndarray, shape: np.ndarray, share: float) -> int:
+        """How many of a group's leading coefficients differ from 0 in at least `share` of all tokens, as calibration found them."""
+        above = kappa[: kernels.active(kappa, self.ladder.steps[-1], LAW)] - self.ladder.steps[-1] - LAW.active
+        zero = self.models.zero[shape[: len(above)], np.minimum(above, LAW.span - 1)]
+        rows = int(np.count_nonzero(zero <= (1 - share) * 65535))
+        return min(-(-rows // len(DITHER)) * len(DITHER), len(kappa))
 
-    def group(self, index: int, kappa: np.ndarray, shape: np.ndarray, out_RT: np.ndarray) -> None:
-        """Coefficients of group `index` into `out_RT` [at least those active, tokens], float32.
+    def group(
+        self, index: int, kappa: np.ndarray, shape: np.ndarray, first: int, common: np.ndarray, begin: int, rows: np.ndarray,
+        basis: np.ndarray,
+    ) -> None:
+        """Decode the coefficients of group `index`.
+
+        Parameters
+        ----------
+        kappa, shape : int32 [R]
+        first : int
+            How many coefficients are `common`.
+        common : float32 [at least `first`, columns]
+            Takes those, from column `begin` on, and zeros below them.
+        rows : float32 [tokens, C]
+            The other coefficients times their rows of `basis` [R, C] are added to it.
 
         Raises
         ------
@@ -153,15 +182,20 @@ class BlockDecoder:
             For streams that no encoder writes.
         """
         (words, ends), ladder, models = self.words[index], self.ladder, self.models
-        shape_RT = self.active(kappa), self.tokens
-        kinds = np.zeros(shape_RT, dtype=np.uint8)
-        lows = np.zeros(shape_RT, dtype=np.float32)
-        numbers = np.empty(shape_RT, dtype=np.int16)
+        count = kernels.active(kappa, ladder.steps[-1], LAW)
+        kinds, loud = np.zeros((count, self.tokens), dtype=np.uint8), np.zeros(count, dtype=np.uint8)
+        lows = np.zeros((count, self.tokens), dtype=np.float32)
+        numbers = np.empty((count, self.tokens), dtype=np.int16)
         for p, m in enumerate(ladder.steps):
-            now = kernels.active(kappa, m)
-            tables = kernels.tables_of(kappa, shape, now, p, ladder.steps, ladder.parts, ladder.log_width, models.zero)
+            now = kernels.active(kappa, m, LAW)
+            tables = kernels.tables_of(kappa, shape, now, p, ladder.steps, ladder.parts, ladder.log_width, models.zero, LAW)
             if not rans.decode(words[ends[p] : ends[p + 1]], kinds[:now], tables, numbers[:now], *models.book.arrays):
                 raise CorruptBlockError(f"the entropy-coded streams of group {index} are damaged")
-            kernels.advance(numbers[:now], kinds, lows, kappa, p, ladder.steps, ladder.parts, ladder.width)
-        cells = (kinds, lows, kappa, shape, len(ladder.steps), ladder.steps, ladder.width, ladder.log_width)
-        kernels.rebuild(*cells, models.centre, out_RT)
+            kernels.advance(numbers[:now], kinds, lows, loud, kappa, p, ladder.steps, ladder.parts, ladder.width, LAW)
+        place = (len(ladder.steps), ladder.steps, ladder.width, ladder.log_width, models.centre, LAW)
+        kernels.rebuild(kinds, lows, loud, kappa, shape, *place, common[:first], begin)
+        common[first:, begin : begin + self.tokens] = 0
+        if count > first:
+            rare = np.empty((count - first, self.tokens), dtype=np.float32)
+            kernels.rebuild(kinds[first:], lows[first:], loud[first:], kappa[first:], shape[first:], *place, rare, 0)
+            add_rare(rare, rows, first, basis)

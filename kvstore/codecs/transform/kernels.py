@@ -1,9 +1,12 @@
 """The quantizer's inner loops, compiled by numba: numbers from coefficients, their price, and coefficients from numbers.
 
 All work on one block. Legend: R coefficients (rows) of a group by falling sigma, T tokens, P passes. `kinds` [R, T] says in which pass a
-value left the dead zone, plus one; 0 while it is inside. `lows` [R, T] is the signed lower edge of its cell.
+value left the dead zone, plus one; 0 while it is inside. `lows` [R, T] is the signed lower edge of its cell. `loud` [R] is 1 for rows
+in which a value has left it: most rows of a block are quiet, and cost a glance instead of a loop. An encoder's coefficients `c` stand in
+columns `begin` … `begin` + T of a matrix that holds all blocks.
 
-numba's cache looks at the file of a kernel alone: change this file too when a constant of `models` changes.
+Every number that is defined elsewhere comes in as an argument, `law` (`models.Law`): numba's cache on disk notices changes of a kernel's
+own file alone.
 """
 
 from __future__ import annotations
@@ -11,22 +14,17 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .ladder import DITHER
-from .models import ACTIVE, CLASS_STEPS, CLASSES, DEAD_ZONE, OCTAVE, PART_LOG, SLOPE_LOW, SLOPES, SPAN, ZERO_TABLES
-
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
-_DEAD = np.float32(DEAD_ZONE)
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 _LIMIT = 32767
-DITHERS = len(DITHER)
 
 
 @_jit
-def active(kappa, m):  # type: ignore[no-untyped-def]
+def active(kappa, m, law):  # type: ignore[no-untyped-def]
     """How many of the coefficients (kappa [R] falling) are coded at step index `m`."""
     low, high = 0, kappa.size
     while low < high:
         middle = (low + high) // 2
-        if kappa[middle] - m >= ACTIVE:
+        if kappa[middle] - m >= law.active:
             low = middle + 1
         else:
             high = middle
@@ -34,146 +32,224 @@ def active(kappa, m):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _first_pass(kappa, steps):  # type: ignore[no-untyped-def]
+def _first_pass(kappa, steps, law):  # type: ignore[no-untyped-def]
     f = 0
-    while kappa - steps[f] < ACTIVE:
+    while kappa - steps[f] < law.active:
         f += 1
     return f
 
 
 @_jit
-def tables_of(kappa, shape, count, p, steps, parts, log_width, zero):  # type: ignore[no-untyped-def]
+def _step(steps, p, law):  # type: ignore[no-untyped-def]
+    return np.float32(2.0 ** (steps[p] / law.octave))
+
+
+@_jit
+def tables_of(kappa, shape, count, p, steps, parts, log_width, zero, law):  # type: ignore[no-untyped-def]
     """Table of each coefficient (of the first `count`) for each kind of value in pass `p`: int16 [count, p + 1], -1 for none."""
     out = np.full((count, p + 1), -1, dtype=np.int16)
-    zero_base = zero.shape[0] * CLASSES
-    cell_base = zero_base + ZERO_TABLES
+    zero_base = zero.shape[0] * law.classes
+    cell_base = zero_base + law.zero_tables
     for r in range(count):
-        k = kappa[r]
-        f = _first_pass(k, steps)
+        k, d = kappa[r], r % parts.shape[0]
+        f = _first_pass(k, steps, law)
         if f == p:
-            out[r, 0] = shape[r] * CLASSES + min((k - steps[p] - ACTIVE) // CLASS_STEPS, CLASSES - 1)
+            out[r, 0] = shape[r] * law.classes + min((k - steps[p] - law.active) // law.class_steps, law.classes - 1)
             continue
-        stays = np.int64(zero[shape[r], min(k - steps[p] - ACTIVE, SPAN - 1)])
-        stayed = np.int64(zero[shape[r], min(k - steps[p - 1] - ACTIVE, SPAN - 1)])
-        out[r, 0] = zero_base + min(ZERO_TABLES * stays // stayed, ZERO_TABLES - 1)
+        stays = np.int64(zero[shape[r], min(k - steps[p] - law.active, law.span - 1)])
+        stayed = np.int64(zero[shape[r], min(k - steps[p - 1] - law.active, law.span - 1)])
+        out[r, 0] = zero_base + min(law.zero_tables * stays // stayed, law.zero_tables - 1)
         for b in range(f, p):
-            n = parts[r % DITHERS, p, f, b]
+            n = parts[d, p, f, b]
             if n > 1:
-                slope = (log_width[r % DITHERS, p, f, b] - PART_LOG[n] - k - SLOPE_LOW) // CLASS_STEPS
-                out[r, b + 1] = cell_base + (n - 2) * SLOPES + min(max(slope, 0), SLOPES - 1)
+                slope = (log_width[d, p, f, b] - law.part_log[n] - k - law.slope_low) // law.class_steps
+                out[r, b + 1] = cell_base + (n - 2) * law.slopes + min(max(slope, 0), law.slopes - 1)
     return out
 
 
 @_jit
-def _number(c, kind, low, fresh, step, parts, width):  # type: ignore[no-untyped-def]
-    """The number that codes value `c` in a pass; `parts` and `width` are those of its cell."""
+def measure(c, begin, tokens, peaks, energies):  # type: ignore[no-untyped-def]
+    """Largest magnitude and sum of squares of each row of one block: float32 [R] each. Returns the largest of all."""
+    largest = np.float32(0)
+    for r in range(c.shape[0]):
+        row = c[r, begin : begin + tokens]
+        peak = energy = np.float32(0)
+        for t in range(tokens):
+            peak = max(peak, abs(row[t]))
+            energy += row[t] * row[t]
+        peaks[r], energies[r] = peak, energy
+        largest = max(largest, peak)
+    return largest
+
+
+@_jit
+def _fresh_number(c, step, dead):  # type: ignore[no-untyped-def]
+    """The number that codes value `c` when it is coded for the first time."""
     size = abs(c)
-    if kind == 0:
-        if size < _DEAD * step:
+    if size < dead * step:
+        return 0
+    q = max(min(int(size / step + (np.float32(1) - dead)), _LIMIT), 1)
+    return -q if c < 0 else q
+
+
+@_jit
+def _next_number(c, low, cut, parts, width):  # type: ignore[no-untyped-def]
+    """The number that codes value `c` in a further pass: its side if it leaves the dead zone (up to `cut`), else the part of its cell.
+
+    `parts` and `width` are those of the cell, and `parts` is 0 in the dead zone.
+    """
+    size = abs(c)
+    if parts == 0:
+        if size < cut:
             return 0
-        q = min(int(size / step + (np.float32(1) - _DEAD)), _LIMIT) if fresh else 1
-        q = max(q, 1)
-        return -q if c < 0 else q
+        return -1 if c < 0 else 1
     return min(max(int((size - abs(low)) / width * parts), 0), parts - 1)
 
 
 @_jit
-def price(c, kinds, lows, kappa, shape, p, steps, parts, log_width, width, zero, cost, first, shift, escape):  # type: ignore[no-untyped-def]
+def price(c, begin, kinds, lows, loud, peaks, kappa, shape, p, steps, parts, log_width, width, zero, cost, first, shift, escape, law):  # type: ignore[no-untyped-def]
     """Bits that pass `p` of one group costs: what `quantize` and the coder would make, estimated from the tables."""
-    count = active(kappa, steps[p])
-    tables = tables_of(kappa, shape, count, p, steps, parts, log_width, zero)
-    step = np.float32(2.0 ** (steps[p] / OCTAVE))
-    bits = 0.0
+    count, tokens = active(kappa, steps[p], law), kinds.shape[1]
+    tables = tables_of(kappa, shape, count, p, steps, parts, log_width, zero, law)
+    step = _step(steps, p, law)
+    cut, bits = law.dead * step, 0.0
     for r in range(count):
-        f = _first_pass(kappa[r], steps)
-        if f == p:
-            table = tables[r, 0]
-            bits += _fresh_bits(c[r], np.float32(1) / step, cost[table], first[table], shift[table], escape[table])
-            continue
-        row_bits = np.float32(0)
-        for t in range(c.shape[1]):
-            kind = numba.int64(kinds[r, t])
-            table = tables[r, kind]
-            if table < 0:
-                continue
-            b = max(kind - 1, 0)
-            q = _number(c[r, t], kind, lows[r, t], False, step, parts[r % DITHERS, p, f, b], width[r % DITHERS, p, f, b])
-            row_bits += cost[table, q - first[table]]
-        bits += row_bits
+        f, d, table = _first_pass(kappa[r], steps, law), r % parts.shape[0], tables[r, 0]
+        row = c[r, begin : begin + tokens]
+        if loud[r] == 0 and peaks[r] < cut:
+            bits += tokens * cost[table, (0 - first[table]) >> shift[table]]
+        elif f == p:
+            bits += _fresh_bits(row, np.float32(1) / step, law.dead, cost[table], first[table], shift[table], escape[table])
+        else:
+            row_bits = np.float32(0)
+            for t in range(tokens):
+                kind = numba.int64(kinds[r, t])
+                table = tables[r, kind]
+                if table < 0:
+                    continue
+                n = parts[d, p, f, kind - 1] if kind > 0 else 0
+                q = _next_number(row[t], lows[r, t], cut, n, width[d, p, f, max(kind - 1, 0)])
+                row_bits += cost[table, q - first[table]]
+            bits += row_bits
     return bits
 
 
 @_jit
-def _fresh_bits(c, inverse_step, cost, first, shift, escape):  # type: ignore[no-untyped-def]
+def _fresh_bits(c, inverse_step, dead, cost, first, shift, escape):  # type: ignore[no-untyped-def]
     """Bits of one coefficient's tokens when they are coded for the first time."""
     bits = np.float32(0)
     escaped = cost[escape]
     for t in range(c.size):
-        q = int(min(abs(c[t]) * inverse_step, np.float32(_LIMIT)) + (np.float32(1) - _DEAD))
+        q = int(min(abs(c[t]) * inverse_step, np.float32(_LIMIT)) + (np.float32(1) - dead))
         symbol = (q - first) >> shift
         bits += min(cost[symbol], escaped) if symbol < escape else escaped
     return bits
 
 
 @_jit
-def quantize(c, kinds, lows, kappa, p, steps, parts, width, numbers):  # type: ignore[no-untyped-def]
+def quantize(c, begin, kinds, lows, loud, peaks, kappa, p, steps, parts, width, law, numbers):  # type: ignore[no-untyped-def]
     """Numbers of pass `p` of one group, int16 [active, T], before `advance` moves the state on."""
-    step = np.float32(2.0 ** (steps[p] / OCTAVE))
+    tokens = kinds.shape[1]
+    step = _step(steps, p, law)
+    cut = law.dead * step
     for r in range(numbers.shape[0]):
-        f = _first_pass(kappa[r], steps)
-        fresh = f == p
-        for t in range(c.shape[1]):
-            kind = numba.int64(0) if fresh else numba.int64(kinds[r, t])
-            b = max(kind - 1, 0)
-            numbers[r, t] = _number(c[r, t], kind, lows[r, t], fresh, step, parts[r % DITHERS, p, f, b], width[r % DITHERS, p, f, b])
+        f, d = _first_pass(kappa[r], steps, law), r % parts.shape[0]
+        row = c[r, begin : begin + tokens]
+        if loud[r] == 0 and peaks[r] < cut:
+            numbers[r, :] = 0
+        elif f == p:
+            for t in range(tokens):
+                numbers[r, t] = _fresh_number(row[t], step, law.dead)
+        else:
+            for t in range(tokens):
+                kind = numba.int64(kinds[r, t])
+                n = parts[d, p, f, kind - 1] if kind > 0 else 0
+                numbers[r, t] = _next_number(row[t], lows[r, t], cut, n, width[d, p, f, max(kind - 1, 0)])
 
 
 @_jit
-def advance(numbers, kinds, lows, kappa, p, steps, parts, width):  # type: ignore[no-untyped-def]
+def advance(numbers, kinds, lows, loud, kappa, p, steps, parts, width, law):  # type: ignore[no-untyped-def]
     """Move the cells on by the numbers of pass `p`; encoder and decoder do the same."""
-    step = np.float32(2.0 ** (steps[p] / OCTAVE))
+    step = _step(steps, p, law)
     for r in range(numbers.shape[0]):
-        f = _first_pass(kappa[r], steps)
-        fresh = f == p
+        some = numba.int16(0)
+        for t in range(numbers.shape[1]):
+            some |= numbers[r, t]
+        if some == 0:
+            continue
+        f, d = _first_pass(kappa[r], steps, law), r % parts.shape[0]
+        loud[r] = 1
         for t in range(numbers.shape[1]):
             q = numba.int64(numbers[r, t])
-            if fresh or kinds[r, t] == 0:
-                if q == 0:
-                    kinds[r, t] = 0
-                    lows[r, t] = 0
-                else:
-                    kinds[r, t] = p + 1
-                    edge = (numba.float32(abs(q) - 1) + _DEAD) * step
-                    lows[r, t] = -edge if q < 0 else edge
-            elif q > 0:
-                b = kinds[r, t] - 1
-                move = numba.float32(q) * width[r % DITHERS, p + 1, f, b]
+            if q == 0:
+                continue
+            if kinds[r, t] == 0:
+                kinds[r, t] = p + 1
+                edge = (numba.float32(abs(q) - 1) + law.dead) * step
+                lows[r, t] = -edge if q < 0 else edge
+            else:
+                move = numba.float32(q) * width[d, p + 1, f, kinds[r, t] - 1]
                 lows[r, t] += -move if lows[r, t] < 0 else move
 
 
 @_jit
-def rebuild(kinds, lows, kappa, shape, passes, steps, width, log_width, centre, out):  # type: ignore[no-untyped-def]
-    """Values at the middles of mass of their cells after `passes` passes: float32 into out [at least active, T], 0 where dropped."""
-    count = active(kappa, steps[passes - 1])
-    for r in range(count):
-        k = kappa[r]
-        f = _first_pass(k, steps)
-        inner = np.float32(DEAD_ZONE + 0.5) * width[0, f + 1, f, f]
-        for t in range(kinds.shape[1]):
-            kind = numba.int64(kinds[r, t])
-            if kind == 0:
-                out[r, t] = 0
-                continue
-            b = kind - 1
-            cell = width[r % DITHERS, passes, f, b]
-            low = lows[r, t]
-            if b > f and b == passes - 1:
-                which = 2
-            elif b == passes - 1 and abs(low) < inner:
-                which = 0
-            else:
-                which = 1
-            at = min(max(k - log_width[r % DITHERS, passes, f, b] - ACTIVE, 0), SPAN - 1)
-            size = abs(low) + centre[shape[r], which, at] * cell
-            out[r, t] = -size if low < 0 else size
-    out[count:] = 0
+def _rebuild_row(kinds, lows, k, d, passes, steps, width, log_width, centre, law, out):  # type: ignore[no-untyped-def]
+    """Values of one row at the middles of mass of their cells after `passes` passes; 0 in the dead zone."""
+    f = _first_pass(k, steps, law)
+    inner = (law.dead + np.float32(0.5)) * width[0, f + 1, f, f]
+    for t in range(kinds.size):
+        kind = numba.int64(kinds[t])
+        if kind == 0:
+            out[t] = 0
+            continue
+        b = kind - 1
+        low = lows[t]
+        which = 1
+        if b == passes - 1:
+            which = 2 if b > f else (0 if abs(low) < inner else 1)
+        at = min(max(k - log_width[d, passes, f, b] - law.active, 0), law.span - 1)
+        size = abs(low) + centre[which, at] * width[d, passes, f, b]
+        out[t] = -size if low < 0 else size
+
+
+@_jit
+def rebuild(kinds, lows, loud, kappa, shape, passes, steps, width, log_width, centre, law, out, begin):  # type: ignore[no-untyped-def]
+    """Values of the first rows into columns `begin` … of `out` float32 [rows, columns]; 0 where nothing is coded."""
+    tokens, count = kinds.shape[1], min(active(kappa, steps[passes - 1], law), out.shape[0])
+    for r in range(out.shape[0]):
+        row = out[r, begin : begin + tokens]
+        if r < count and loud[r]:
+            d = r % width.shape[0]
+            _rebuild_row(kinds[r], lows[r], kappa[r], d, passes, steps, width, log_width, centre[shape[r]], law, row)
+        else:
+            row[:] = 0
+
+
+@_jit
+def residue(c, begin, kinds, lows, loud, energies, kappa, shape, passes, steps, width, log_width, centre, law, sketch, seen):  # type: ignore[no-untyped-def]
+    """What is lost after `passes` passes: returns the sum of squared errors of one group's coefficients.
+
+    Takes what a decoder would rebuild, times `sketch` float32 [R, S], from `seen` float32 [T, S].
+    """
+    tokens, count = kinds.shape[1], active(kappa, steps[passes - 1], law)
+    values, lost = np.empty(tokens, dtype=np.float32), 0.0
+    for r in range(c.shape[0]):
+        if r >= count or not loud[r]:
+            lost += energies[r]
+            continue
+        d = r % width.shape[0]
+        _rebuild_row(kinds[r], lows[r], kappa[r], d, passes, steps, width, log_width, centre[shape[r]], law, values)
+        row, error = c[r, begin : begin + tokens], np.float32(0)
+        for t in range(tokens):
+            error += (row[t] - values[t]) * (row[t] - values[t])
+        lost += error
+        for t in range(tokens):
+            if values[t] != 0:
+                _add_scaled(seen[t], -values[t], sketch[r])
+    return lost
+
+
+@_jit
+def _add_scaled(target, factor, source):  # type: ignore[no-untyped-def]
+    for i in range(target.size):
+        target[i] += factor * source[i]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,24 @@ PART_LOG = np.array([0, 0] + [round(OCTAVE * math.log2(p)) for p in range(2, MAX
 #: Slopes of split cells: quarter octaves of part width / sigma, from 2^-4 up.
 SLOPES = 28
 SLOPE_LOW = -4 * OCTAVE
+
+
+class Law(NamedTuple):
+    """The numbers above as the kernels take them: an argument, because numba's cache would not notice a changed constant."""
+
+    active: int
+    class_steps: int
+    classes: int
+    dead: np.float32
+    octave: int
+    part_log: np.ndarray
+    slope_low: int
+    slopes: int
+    span: int
+    zero_tables: int
+
+
+LAW = Law(ACTIVE, CLASS_STEPS, CLASSES, np.float32(DEAD_ZONE), OCTAVE, PART_LOG, SLOPE_LOW, SLOPES, SPAN, ZERO_TABLES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
     encode   c = (x - mu - p·M) E      E = A U            p: the tokens' rows of the prediction table, M: its map to values
     decode   x = mu + p·M + c D        D = Uᵀ A⁻¹         only the rows of coefficients that are active
 
-Legend: N tokens of all blocks, C columns of a group, R coefficients, S sketch rows.
+Legend: N tokens of all blocks, C columns of a group, R coefficients, S random directions.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from ..profile import Profile
 from .groups import Group
 from .models import ACTIVE, CLASS_STEPS, CLASSES, OCTAVE, Models
 
-#: Random directions in which the error of a block's K, and of its V, is measured: relative accuracy ~ sqrt(2 / (S · tokens · groups)).
-SKETCH = 64
+#: Random directions, over all groups, in which the error of a block's K, and of its V, is measured: relative accuracy
+#: sqrt(2 / (directions · tokens)), a per cent for 64 tokens.
+DIRECTIONS = 256
+#: Directions of one group at least.
+_FEWEST = 32
 #: What float32 can hold of a relative error whose denominator vanishes.
 _LARGEST = 3e38
 _READY: weakref.WeakKeyDictionary[Profile, dict[torch.device, Projection]] = weakref.WeakKeyDictionary()
@@ -99,16 +102,32 @@ class Projection:
         return [self.map[:, g.columns].float().to(self.device) for g in self.groups]
 
     @cached_property
-    def sketches(self) -> list[torch.Tensor]:
-        """D times random signs over K, then over V: float32 [R, 2·S] on the CPU, scaled to keep squared norms."""
+    def decoder_elements(self) -> list[np.ndarray]:
+        """`decoders` as numba's loops read them; on the CPU."""
+        from ..floats import view_of
+
+        return [view_of(d) for d in self.decoders]
+
+    @cached_property
+    def directions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Random signs over the K of a group, then over its V, float32 [C / 2, S] each on the CPU, scaled to keep squared norms.
+
+        Keys count as long as RoPE makes them.
+        """
+        out, count = [], max(DIRECTIONS // len(self.groups), _FEWEST)
+        for i, group in enumerate(self.groups):
+            half, generator = group.width // 2, torch.Generator().manual_seed(i)
+            keys, values = ((torch.randint(0, 2, (half, count), generator=generator).float() * 2 - 1) / count**0.5 for _ in range(2))
+            out.append((keys * self._key_scale.repeat(half // len(self._key_scale))[:, None], values))
+        return out
+
+    @cached_property
+    def sketches(self) -> list[np.ndarray]:
+        """D in those directions: float32 [R, 2·S]."""
         out = []
-        for i, d in enumerate(self.decoders):
-            half = d.shape[1] // 2
-            d = d.float().cpu()
-            keys = d[:, :half] * self._key_scale.repeat(half // len(self._key_scale))
-            generator = torch.Generator().manual_seed(i)
-            signs = [torch.randint(0, 2, (half, SKETCH), generator=generator).float() * 2 - 1 for _ in range(2)]
-            out.append(torch.cat([keys @ signs[0], d[:, half:] @ signs[1]], 1) / SKETCH**0.5)
+        for d, halves in zip(self.decoders, self.directions, strict=True):
+            parts = zip(d.float().cpu().split(d.shape[1] // 2, 1), halves, strict=True)
+            out.append(torch.cat([part @ signs for part, signs in parts], 1).numpy())
         return out
 
     @staticmethod
@@ -135,32 +154,34 @@ class Projection:
         mean = self.mean[self.groups[group].columns]
         return mean.expand(count, -1).clone() if rows_NR is None else torch.addmm(mean, rows_NR, self.maps[group])
 
-    def distortion(self, errors: list[np.ndarray], energy: Sequence[float]) -> Distortion:
-        """Relative squared error of a block's K and V, from the errors of its coefficients ([R, T] of each group).
+    @staticmethod
+    def distortion(lost_NS: Sequence[np.ndarray], energy: Sequence[float]) -> Distortion:
+        """Relative squared error of a block's K and V, from the error of each group in the random directions, float32 [T, 2·S].
 
-        Measured along `SKETCH` random directions of each group, which costs a ninth of decoding; below a per cent off for 64 tokens.
+        That costs a fraction of decoding.
         """
-        total = np.zeros(2)
-        for e, sketch in zip(errors, self.sketches, strict=True):
-            seen = torch.from_numpy(e).T @ sketch
-            total += [float(half.square().sum()) for half in seen.split(SKETCH, 1)]
+        total = sum(np.square(z.reshape(len(z), 2, z.shape[1] // 2), dtype=np.float64).sum((0, 2)) for z in lost_NS)
         return Distortion(*(min(float(t / s), _LARGEST) if s > 0 else float(t > 0) for t, s in zip(total, energy, strict=True)))
 
-    def expected_divergence(self, errors: list[np.ndarray]) -> float:
-        """The profile's estimate for a prefix of blocks like this one, nats a continued token."""
-        count = sum(e.size for e in errors)
-        return self.divergence * sum(float(np.vdot(e, e)) for e in errors) / max(count, 1)
+    def expected_divergence(self, lost: float, count: int) -> float:
+        """The profile's estimate for a prefix of blocks like this one, nats a continued token.
+
+        Parameters
+        ----------
+        lost : float
+            Sum of squared errors of the block's `count` coefficients.
+        """
+        return self.divergence * lost / max(count, 1)
 
     def guess(self, ratio: float) -> int:
         """Step index at which a block usually meets `ratio`, for the search to start from."""
         ratios, steps = self.usual_steps
         return round(np.interp(-np.log2(ratio), -ratios, steps))
 
-    def values(self, group: int, c_RN: torch.Tensor, rows_NR: torch.Tensor | None) -> torch.Tensor:
-        """Values of a group from its first R coefficients: float32 [N, C]."""
-        x = self.base(group, rows_NR, c_RN.shape[1])
+    def add_common(self, group: int, c_RN: torch.Tensor, rows_NC: torch.Tensor) -> torch.Tensor:
+        """Add what the group's first R coefficients stand for to `rows_NC`, float32, which is also what is returned."""
         d = self.decoders[group][: len(c_RN)]
-        return x.addmm_(c_RN.T, d) if d.dtype == x.dtype else x.add_(c_RN.T.to(d.dtype) @ d)
+        return rows_NC.addmm_(c_RN.T, d) if d.dtype == rows_NC.dtype else rows_NC.add_(c_RN.T.to(d.dtype) @ d)
 
 
 @lru_cache(maxsize=4)
