@@ -110,8 +110,9 @@ class StoreNode:
         copier = Copier(self.arena)
         stack.callback(copier.close)
         self.spill = Spill(spill_levels(config, clock, self._changed), self._payload)
-        stack.push_async_callback(self._stop_spill)
+        stack.push_async_callback(self.spill.stop)
         self.engine = NodeEngine(config, clock, policy, PageAllocator(self.arena.pages), self._changed, self.spill)
+        stack.push_async_callback(self._drain_into_spill)
         credentials = Credentials.load(config.credentials)
         self.service = Service(self.engine, self.arena, copier, self.metrics, self._identity(), self.spill, credentials)
         order = ClusterOrder(self.engine, metadata, self.service.record.incarnation, config.heartbeat_s)
@@ -159,12 +160,11 @@ class StoreNode:
     async def _stop_server(self) -> None:
         await self._server.stop(self._left_s())
 
-    async def _stop_spill(self) -> None:
+    async def _drain_into_spill(self) -> None:
         """Keep what the arena holds for the next incarnation, oldest first, as far as there is time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._left_s()):
                 await self.spill.drain(sorted(self.engine.table, key=lambda entry: entry.last_use))
-        await self.spill.stop()
 
     def _identity(self) -> NodeRecord:
         rng = self.clock.rng
@@ -211,9 +211,10 @@ class StoreNode:
     def _verify(self) -> None:
         try:
             self.engine.check_sums()
-            self.spill.check()
             if len(self.engine.table) <= DEEP_CHECK_BLOCKS:
                 self.engine.check()
+            if len(self.spill) <= DEEP_CHECK_BLOCKS:
+                self.spill.check()
         except AccountingError:
             log.critical("the account of memory does not add up; this node must end", exc_info=True)
             self.service.admitting = False

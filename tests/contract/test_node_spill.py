@@ -88,6 +88,9 @@ async def test_what_the_arena_loses_is_still_served_and_in_the_index(tmp_path: P
         assert await get(stub, [block(99).header.key]) == [b""]
         for level in node.spill.levels:
             await level.flush()
+        stats = await stub.Stats(pb.StatsRequest())
+        assert (stats.spill_used_bytes, stats.spilled_blocks) == (sum(x.used_bytes for x in node.spill.levels), len(node.spill))
+        assert stats.spill_bytes == len(node.spill.levels) * (8 << 20)
         if "disk" in tiers:
             assert disk_bytes(tmp_path) == node.spill.levels[-1].used_bytes
     assert not state.holders

@@ -15,7 +15,7 @@ class Stats(UnaryHandler):
 
     async def answer(self, request: pb.StatsRequest, caller: Caller) -> pb.StatsResponse:
         caller.require_admin("Stats, which tells of everybody's blocks,")
-        engine, record = self.service.engine, self.service.record
+        engine, record, spill = self.service.engine, self.service.record, self.service.spill
         engine.expire()
         return pb.StatsResponse(
             node=record.id,
@@ -33,4 +33,7 @@ class Stats(UnaryHandler):
             leases=len(engine.leases),
             pinned=len(engine.pins),
             page_bytes=engine.config.page_bytes,
+            spill_bytes=sum(level.capacity_bytes for level in spill.levels),
+            spill_used_bytes=sum(level.used_bytes for level in spill.levels),
+            spilled_blocks=len(spill),
         )

@@ -56,7 +56,7 @@ class SpillTier(ABC):
         """Forget a blob, if there is one. Raises TransportError when that fails."""
 
     def survivors(self) -> Iterator[Survivor]:
-        """What an earlier process left, the longest kept first; blobs that are none of ours are removed or left alone."""
+        """What an earlier process left, the longest kept first; what is none of ours is left alone. Raises TransportError."""
         return iter(())
 
     def close(self) -> None:

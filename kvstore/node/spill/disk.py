@@ -89,7 +89,11 @@ class DiskTier(SpillTier):
     def survivors(self) -> Iterator[Survivor]:
         with suppress(OSError):
             (self.directory / "draft").unlink(missing_ok=True)
-        for _, id, size in sorted(self._files()):
+        try:
+            found = sorted(self._files())
+        except OSError as error:
+            raise _translated(error, "looked for") from error
+        for _, id, size in found:
             with suppress(OSError):
                 with open(os.open(self._path(id), os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
                     head = file.read(HEAD_BYTES)

@@ -163,9 +163,12 @@ class Level:
     async def recover(self) -> None:
         """Find again what an earlier process left, a slice at a time; what does not fit the capacity any more is removed."""
         survivors, loop = self.tier.survivors(), asyncio.get_running_loop()
-        while found := await loop.run_in_executor(self._readers, lambda: list(islice(survivors, SLICE_FILES))):
-            for survivor in found:
-                self._recover(survivor)
+        try:
+            while found := await loop.run_in_executor(self._readers, lambda: list(islice(survivors, SLICE_FILES))):
+                for survivor in found:
+                    self._recover(survivor)
+        except ConcertinaError as error:
+            log.warning("what an earlier process spilled to %s is left where it is: %s", self.tier.name, error)
 
     async def flush(self) -> None:
         """Wait until everything that was queued has been written or has failed."""

@@ -80,6 +80,14 @@ class Spill:
         """Id and entry of every spilled block of this key, whoever owns it."""
         return [(id, level.entries[id]) for level in self.levels for id in (key, *level.aliases.of(key)) if id in level.entries]
 
+    def __len__(self) -> int:
+        """Entries of all tiers; a block in two tiers counts twice."""
+        return sum(len(level.entries) for level in self.levels)
+
+    def __bool__(self) -> bool:
+        """Whether there is a tier at all."""
+        return bool(self.levels)
+
     def __iter__(self) -> Iterator[tuple[bytes, Spilled]]:
         """Id and entry of each spilled block, once."""
         return iter({id: entry for level in reversed(self.levels) for id, entry in level.entries.items()}.items())

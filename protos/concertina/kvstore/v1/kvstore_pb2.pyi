@@ -199,7 +199,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("node", "incarnation", "device", "arena_bytes", "used_bytes", "free_bytes", "reserved_bytes", "blocks", "raw_bytes", "stored_bytes", "evictions", "demotions", "leases", "pinned", "page_bytes")
+    __slots__ = ("node", "incarnation", "device", "arena_bytes", "used_bytes", "free_bytes", "reserved_bytes", "blocks", "raw_bytes", "stored_bytes", "evictions", "demotions", "leases", "pinned", "page_bytes", "spill_bytes", "spill_used_bytes", "spilled_blocks")
     NODE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,9 @@ class StatsResponse(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILL_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     node: str
     incarnation: str
     device: str
@@ -230,4 +233,7 @@ class StatsResponse(_message.Message):
     leases: int
     pinned: int
     page_bytes: int
-    def __init__(self, node: _Optional[str] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., evictions: _Optional[int] = ..., demotions: _Optional[int] = ..., leases: _Optional[int] = ..., pinned: _Optional[int] = ..., page_bytes: _Optional[int] = ...) -> None: ...
+    spill_bytes: int
+    spill_used_bytes: int
+    spilled_blocks: int
+    def __init__(self, node: _Optional[str] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., evictions: _Optional[int] = ..., demotions: _Optional[int] = ..., leases: _Optional[int] = ..., pinned: _Optional[int] = ..., page_bytes: _Optional[int] = ..., spill_bytes: _Optional[int] = ..., spill_used_bytes: _Optional[int] = ..., spilled_blocks: _Optional[int] = ...) -> None: ...
