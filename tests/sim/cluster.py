@@ -138,9 +138,11 @@ class Cluster:
         asked = pb.PinRequest.FromString(request)
         for key, status in zip(asked.keys, pb.PinResponse.FromString(response).statuses, strict=True):
             if status == pb.BLOCK_STATUS_OK:
-                until = engine.clock.now() + asked.ttl_seconds
-                before, generation = member.pins.get(key, (0.0, engine.table.get(key).generation))
-                member.pins[key] = (max(before, until), generation)
+                now, generation = engine.clock.now(), engine.table.get(key).generation
+                before = member.pins.get(key, (0.0, 0))
+                if before[0] > now:  # the pin was there already
+                    generation = before[1]
+                member.pins[key] = (max(before[0], now + asked.ttl_seconds), generation)
 
     def inspect(self, member: Member) -> None:
         """Look into a living node: its account, its pins, and every byte that it holds."""

@@ -54,15 +54,15 @@ def draw(seed: int) -> Knobs:
     return Knobs(
         nodes=rng.randint(1, 3),
         clients=rng.randint(1, 2),
-        pages=rng.choice((24, 48, 96)),
+        pages=rng.choice((16, 24, 48)),
         policy=rng.choice([name for name in names() if name != "opt"]),
-        busy_s=rng.uniform(3, 7),
+        busy_s=rng.uniform(2, 6),
         latency_s=rng.choice((0.0005, 0.003, 0.02)),
         spike_s=rng.choice((0.1, 0.4, 1.5)),
         spike=rng.choice((0.0, 0.01, 0.05)),
         reset=rng.choice((0.0, 0.002, 0.02)),
         duplicate=rng.choice((0.0, 0.02, 0.1)),
         flip=rng.choice((0.0, 0.0, 0.02)),
-        think_s=rng.choice((0.05, 0.15)),
+        think_s=rng.choice((0.02, 0.08)),
         calm_s=rng.choice((0.3, 1.0, 4.0)),
     )

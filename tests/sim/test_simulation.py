@@ -18,7 +18,7 @@ from tests.sim.knobs import draw
 from tests.sim.loop import StuckError, VirtualLoop
 from tests.sim.seeds import remembered
 from tests.sim.workload import Worker
-from tests.sim.world import simulate
+from tests.sim.world import simulate, substitutes
 
 ROOT = Path(__file__).parents[2]
 CALM = replace(draw(1), nodes=2, clients=1, pages=96, policy="lru", spike=0.0, reset=0.0, duplicate=0.0, flip=0.0, latency_s=0.001)
@@ -31,7 +31,7 @@ def test_nothing_that_must_never_happen_happens(seed: int) -> None:
 
 
 def test_the_same_seed_replays_to_the_same_trace_in_another_process_and_another_seed_does_not() -> None:
-    program = "from tests.sim.world import simulate; print(simulate(5).trace)"
+    program = "from tests.sim.world import simulate, substitutes; print(simulate(5).trace)"
     command = [sys.executable, "-c", program]
     traces = {subprocess.run(command, cwd=ROOT, env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout for s in "12"}
     assert traces == {simulate(5).trace + "\n"}
@@ -72,8 +72,9 @@ def calm_cluster(story) -> None:
         await asyncio.sleep(0.1)
         await story(cluster, worker)
 
-    loop.run_until_complete(loop.create_task(live()))
-    loop.close()
+    with substitutes():
+        loop.run_until_complete(loop.create_task(live()))
+        loop.close()
     assert not history.violations
 
 

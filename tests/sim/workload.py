@@ -32,8 +32,8 @@ class Worker:
         self.client: KvClient | None = None
         self._old_hits: list[tuple[Prompt, list[Hit]]] = []
         self._actions = {
-            self.publish: 6, self.read: 8, self.read_foreign: 1, self.read_old: 1, self.read_slowly: 2,
-            self.pin: 3, self.unpin: 1, self.lease: 2, self.evict: 1, self.clear: 0.2, self.die: 0.2,
+            self.publish: 8, self.read: 8, self.read_foreign: 1, self.read_old: 1, self.read_slowly: 3,
+            self.pin: 2, self.unpin: 1, self.lease: 2, self.evict: 0.5, self.clear: 0.1, self.die: 0.2,
         }  # fmt: skip
 
     async def work(self, until: float) -> None:
@@ -123,7 +123,7 @@ class Worker:
             async with aclosing(SimTransport(self.cluster.wire, self.host).get(node.address, request, 6.0)) as messages:
                 reader = BlockReader(messages, 1 << 20)
                 for number in range(BLOCKS):
-                    await asyncio.sleep(self.rng.choice((0.0, 0.3, 1.5)))
+                    await asyncio.sleep(self.rng.choice((0.0, 0.05, 0.3)))
                     block = await reader.read(number, lambda header: True)
                     if block is None:
                         break

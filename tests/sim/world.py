@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 from . import chaos
@@ -44,7 +45,7 @@ def simulate(seed: int) -> Result:
     """Run `seed` from beginning to end."""
     knobs, loop = draw(seed), VirtualLoop()
     history = History(loop.time)
-    with _small_frames(), _errors_logged(history):
+    with substitutes(), _errors_logged(history):
         main = loop.create_task(_live(Cluster(seed, knobs, loop, history)))
         try:
             loop.run_until_complete(main)
@@ -99,11 +100,26 @@ async def _at_rest(cluster: Cluster, workers: list[Worker]) -> None:
 
 
 @contextmanager
-def _small_frames() -> Iterator[None]:
+def substitutes() -> Iterator[None]:
+    """What takes the place of sockets, and of sizes made for large blocks."""
     with ExitStack() as stack:
+        stack.enter_context(patch("kvstore.node.node.DoorServer", NoDoor))
         for module, values in SMALL.items():
             stack.enter_context(patch.multiple(import_module(module), **values))
         yield
+
+
+class NoDoor:
+    """A node's second entrance needs sockets and threads; here there is none, and clients call."""
+
+    def __init__(self, service: Any) -> None:
+        """Nothing is served."""
+
+    async def start(self, config: Any) -> str:
+        return ""
+
+    async def stop(self) -> None:
+        """Nothing is open."""
 
 
 class _Errors(logging.Handler):
