@@ -126,7 +126,9 @@ class DoorServer:
                     await self._welcome(peer, caller)
                 guest = Guest(self._service, peer, caller)
                 while True:
-                    await guest.serve(*await receive(peer))
+                    async with asyncio.timeout_at(guest.write_ends):
+                        request = await receive(peer)
+                    await guest.serve(*request)
             except (ConcertinaError, OSError, TimeoutError, struct.error) as error:
                 log.debug("a guest of the door left: %s", error)
             finally:
@@ -144,7 +146,7 @@ class DoorServer:
 
 
 class Guest:
-    """One connection that has been let in."""
+    """One connection that has been let in. `write_ends` is when what it writes must have ended; None while it writes nothing."""
 
     def __init__(self, service: Service, peer: socket.socket, caller: Caller) -> None:
         self._service = service
@@ -153,6 +155,7 @@ class Guest:
         self._plans: dict[int, tuple[list[Found | None], int]] = {}
         self._number = 0
         self._incoming: Incoming | None = None
+        self.write_ends: float | None = None
         self._scratch = bytearray(0)
 
     async def serve(self, kind: Kind, body: memoryview) -> None:
@@ -241,18 +244,20 @@ class Guest:
             raise TransportError(str(error)) from error
         if self._incoming is None:
             self._incoming = Incoming(self._service, self._caller.tenant)
+            self.write_ends = asyncio.get_running_loop().time() + self._service.engine.config.put_timeout_s
             self._scratch = self._scratch or bytearray(FRAME_BYTES)
         incoming, index = self._incoming, len(self._incoming.statuses) + self._incoming.open
         await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
         scratch = memoryview(self._scratch)
-        while left:
-            piece = scratch[: min(left, FRAME_BYTES)]
-            await fill(self._peer, piece)
-            await incoming.take(PutFrame(index, None, piece, 0))
-            left -= len(piece)
+        async with asyncio.timeout_at(self.write_ends):
+            while left:
+                piece = scratch[: min(left, FRAME_BYTES)]
+                await fill(self._peer, piece)
+                await incoming.take(PutFrame(index, None, piece, 0))
+                left -= len(piece)
 
     async def _end(self) -> None:
-        incoming, self._incoming = self._incoming, None
+        incoming, self._incoming, self.write_ends = self._incoming, None, None
         statuses: Sequence[Status] = ()
         if incoming is not None:
             incoming.finish()

@@ -18,13 +18,19 @@ class Fault:
     load : str
         What clients are doing meanwhile: ``mixed``, ``put``, ``get`` or ``pressure`` (puts far beyond what fits, so that nodes demote
         and evict).
+    way : str
+        How clients reach blocks: ``grpc``, or through the nodes' doors, ``tcp`` or ``local`` (shared memory).
+    spill : bool
+        Whether it is made on nodes that spill to disk.
     lasts_s : float
         From `inject` to `heal`.
     damages : bool
         Whether it destroys stored bytes or a node's sense of time: pinned blocks may then be gone, or be misses.
     """
 
-    load: ClassVar[str] = "mixed"
+    load: str = "mixed"
+    way: str = "grpc"
+    spill: ClassVar[bool] = False
     lasts_s: float = 0.4
     damages: ClassVar[bool] = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 
-from . import node_faults, proxy, redis_faults, wire_faults
+from . import door_faults, node_faults, proxy, redis_faults, spill_faults, wire_faults
 from .base import Fault
 from .proxy import DOWN, UP
 
@@ -69,6 +69,30 @@ FAULTS: dict[str, Fault] = {
     "wire loses": wire_faults.Between(proxy.lose(_rng, DOWN, 0.1), "get"),
     "bits flip on the wire in get": wire_faults.Between(proxy.flip(_rng, DOWN, 0.3), "get"),
     "bits flip on the wire in put": wire_faults.Between(proxy.flip(_rng, UP, 0.3), "put"),
+    # the door, and shared memory
+    "door cut in put": wire_faults.Cut("put", "tcp"),
+    "door cut in get": wire_faults.Cut("get", "tcp"),
+    "door half-open": wire_faults.Between(proxy.black_hole(UP, DOWN), way="tcp"),
+    "door truncated in get": wire_faults.Between(proxy.truncate(DOWN, 300_000), "get", "tcp"),
+    "door reorders": wire_faults.Between(proxy.shuffle(_rng, DOWN, 0.1), "get", "tcp"),
+    "door repeats": wire_faults.Between(proxy.repeat(_rng, DOWN, 0.1), "get", "tcp"),
+    "door loses": wire_faults.Between(proxy.lose(_rng, DOWN, 0.1), "get", "tcp"),
+    "bits flip at the door in get": wire_faults.Between(proxy.flip(_rng, DOWN, 0.3), "get", "tcp"),
+    "bits flip at the door in put": wire_faults.Between(proxy.flip(_rng, UP, 0.3), "put", "tcp"),
+    "bits flip in shared memory": node_faults.FlipArena("local"),
+    "shared memory under pressure": node_faults.Full("local"),
+    "node killed under a reader of its memory": node_faults.Kill("get", way="local"),
+    "node killed at its door in put": node_faults.Kill("put", way="tcp"),
+    "node stopped under a reader of its memory": node_faults.Stop("get", way="local"),
+    "slow reader of shared memory": door_faults.SlowReader(),
+    "guest of the door stands still in put": door_faults.StillGuest(),
+    # the disk behind an arena
+    "bits flip in the spill": spill_faults.Flip(),
+    "spill cut short": spill_faults.Truncate(),
+    "spill's files are each other's": spill_faults.Swap(),
+    "spill gone": spill_faults.Remove(),
+    "spill full": spill_faults.Full(),
+    "node killed while it spills": spill_faults.Kill(),
     # clients
     "slow reader of pages used again": wire_faults.SlowReader(),
     "corrupt put": wire_faults.CorruptPut(),

@@ -29,12 +29,13 @@ class Kill(Fault):
     load : str
     same_address : bool
         Whether it comes back on the same port.
+    way : str
     """
 
     damages = True
 
-    def __init__(self, load: str, same_address: bool = False) -> None:
-        self.load = load
+    def __init__(self, load: str, same_address: bool = False, way: str = "grpc") -> None:
+        self.load, self.way = load, way
         self.lasts_s = 0.1
         self._same_address = same_address
         self._address = "127.0.0.1:0"
@@ -73,7 +74,7 @@ class Drain(Fault):
         node = system.nodes.pop(VICTIM)
         node.signal(signal.SIGTERM)
         await asyncio.wait_for(node.process.wait(), 15)
-        await node.proxy.stop()
+        await node.stop_proxies()
 
     async def heal(self, system: System) -> None:
         await system.start_node(VICTIM)
@@ -82,8 +83,8 @@ class Drain(Fault):
 class Stop(Fault):
     """SIGSTOP in the middle of what `load` does, then SIGCONT."""
 
-    def __init__(self, load: str, lasts_s: float = 0.5) -> None:
-        self.load = load
+    def __init__(self, load: str, lasts_s: float = 0.5, way: str = "grpc") -> None:
+        self.load, self.way = load, way
         self.lasts_s = lasts_s
 
     async def inject(self, system: System) -> None:
@@ -161,6 +162,9 @@ class FlipArena(Fault):
     load = "get"
     damages = True
 
+    def __init__(self, way: str = "grpc") -> None:
+        self.way = way
+
     async def inject(self, system: System) -> None:
         await asyncio.to_thread(_flip, system.nodes[VICTIM].pid, 200)
 
@@ -187,6 +191,9 @@ class Full(Fault):
 
     load = "pressure"
     lasts_s = 0.8
+
+    def __init__(self, way: str = "grpc") -> None:
+        self.way = way
 
     async def inject(self, system: System) -> None:
         """The load does it."""

@@ -20,6 +20,7 @@ PROMPTS = 4
 async def repeat(system: System, fault: Fault, repetitions: int, outcome: Outcome | None = None) -> Outcome:
     """Make `fault` so many times on a running system."""
     outcome = outcome or Outcome()
+    system.way = fault.way
     began = time.monotonic()
     for _ in range(repetitions):
         await _once(system, fault, outcome)

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kvstore.client import ClientConfig, GrpcTransport, KvClient
-from kvstore.metadata import NodeRecord
+from kvstore.client.door import Door, open_door
+from kvstore.metadata import NodeRecord, connect
 from kvstore.metadata.embedded import EmbeddedValkey, start_valkey
 from kvstore.settings import environment
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -61,10 +63,16 @@ class NodeProcess:
     address: str
     incarnation: str
     proxy: TcpProxy
+    door: TcpProxy
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    async def stop_proxies(self) -> None:
+        """Nobody reaches it any more."""
+        await self.proxy.stop()
+        await self.door.stop()
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -72,17 +80,33 @@ class NodeProcess:
 
 
 class System:
-    """See the module. `start` before use, `stop` after; `nodes` are the processes by name."""
+    """See the module. `start` before use, `stop` after; `nodes` are the processes by name.
 
-    def __init__(self, directory: Path, nodes: int = 2) -> None:
+    Parameters
+    ----------
+    directory : path
+    spill : bool
+        Whether the nodes spill to directories of their own.
+    nodes : int
+
+    `way` says which of the clients is in use, see `Fault.way`.
+    """
+
+    def __init__(self, directory: Path, spill: bool = False, nodes: int = 2) -> None:
         self.directory = directory
         self.nodes: dict[str, NodeProcess] = {}
-        self.client: KvClient
+        self.way = "grpc"
+        self.clients: dict[str, KvClient] = {}
+        self.spill = spill
         self.redis: EmbeddedValkey
         self.redis_proxy: TcpProxy
         self._count = nodes
         self._numbers = itertools.count()
         self._names = itertools.count(1)
+
+    @property
+    def client(self) -> KvClient:
+        return self.clients[self.way]
 
     @property
     def redis_url(self) -> str:
@@ -103,11 +127,19 @@ class System:
         await self.redis_proxy.start()
         for i in range(self._count):
             await self.start_node(f"node-{i}")
-        self.client = KvClient(ClientConfig(redis_url=self.redis_url, **CLIENT), transport=ProxiedTransport(self))
-        await self.client.start()
+        self._doors = patch("kvstore.client.doors.open_door", self.open_door)
+        self._doors.start()
+        config = ClientConfig(redis_url=self.redis_url, **CLIENT)
+        self.clients["grpc"] = KvClient(config, transport=ProxiedTransport(self))
+        for way in ("tcp", "local"):
+            self.clients[way] = KvClient(replace(config, paths=way))
+        for client in self.clients.values():
+            await client.start()
 
     async def stop(self) -> None:
-        await self.client.close()
+        for client in self.clients.values():
+            await client.close()
+        self._doors.stop()
         for name in list(self.nodes):
             await self.kill_node(name)
         await self.redis_proxy.stop()
@@ -122,27 +154,46 @@ class System:
         process = await self.spawn(module, name, listen, *options)
         line = await asyncio.wait_for(process.stdout.readline(), 60)
         ready = json.loads(line)
-        proxy = TcpProxy(*_split(ready["address"]))
+        proxy, door = TcpProxy(*_split(ready["address"])), TcpProxy("127.0.0.1", await self._door_port(ready["incarnation"]))
         await proxy.start()
-        self.nodes[name] = NodeProcess(process, ready["address"], ready["incarnation"], proxy)
+        await door.start()
+        self.nodes[name] = NodeProcess(process, ready["address"], ready["incarnation"], proxy, door)
         return self.nodes[name]
+
+    async def _door_port(self, incarnation: str) -> int:
+        """Where a node that has just joined says its door is; 9, where nobody listens, if Redis does not know."""
+        metadata = connect(self.redis_url)
+        records = {record.incarnation: record for record in await metadata.nodes()}
+        await metadata.close()
+        return _split(records[incarnation].door)[1] if incarnation in records else 9
+
+    def open_door(self, node: NodeRecord, here: bool, token: str, timeout_s: float) -> Door:
+        """A door of a node through that node's proxy, unless it is on shared memory."""
+        proxies = {own.incarnation: own.door.port for own in self.nodes.values()}
+        return open_door(replace(node, door=f"127.0.0.1:{proxies.get(node.incarnation, 9)}"), here, token, timeout_s)
 
     async def spawn(self, module: str, name: str, listen: str, *options: str) -> asyncio.subprocess.Process:
         """``concertina node`` (or another module that takes its arguments) as a child."""
         command = [sys.executable, "-m", module, "node", "--redis", self.redis_url, "--listen", listen]
         command += ["--arena", str(ARENA_BYTES), "--id", name, *options]
+        if self.spill:
+            command += ["--spill", str(self.spill_of(name)), "--spill-bytes", "64MiB"]
         settings = {f"CONCERTINA_NODE__{key}": value for key, value in NODE_SETTINGS.items()}
         with (self.directory / f"{name}.log").open("ab") as log:
             return await asyncio.create_subprocess_exec(
                 *command, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment(**settings), cwd=ROOT
             )
 
+    def spill_of(self, name: str) -> Path:
+        """Where the node of this name spills to."""
+        return self.directory / f"spill-{name}"
+
     async def kill_node(self, name: str) -> NodeProcess:
         """SIGKILL, and wait until it is gone."""
         node = self.nodes.pop(name)
         node.signal(signal.SIGKILL)
         await node.process.wait()
-        await node.proxy.stop()
+        await node.stop_proxies()
         return node
 
     async def account(self, record: NodeRecord) -> pb.StatsResponse:

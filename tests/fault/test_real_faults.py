@@ -20,7 +20,7 @@ QUICK = [
     "node killed in put", "node stopped in get", "node out of file descriptors", "node impersonated", "bits flip in the arena",
     "arena full", "arena full of pins", "redis flushed", "redis cuts its clients", "redis failover to an empty one",
     "redis answers with flipped bits", "wire cut in get", "wire half-open", "bits flip on the wire in put", "corrupt put",
-    "client killed in put",
+    "client killed in put", "bits flip in shared memory", "door cut in get", "guest of the door stands still in put",
 ]  # fmt: skip
 
 
@@ -37,6 +37,17 @@ async def test_faults_cost_hits_and_nothing_else(tmp_path):
             outcome = await repeat(system, FAULTS[name], 1)
             assert not outcome.bad, f"{name}: {asdict(outcome)}"
             assert outcome.served, f"{name}: nothing was read, so nothing was proved"
+    finally:
+        await system.stop()
+
+
+async def test_faults_of_the_disk_behind_an_arena_cost_hits_and_nothing_else(tmp_path):
+    system = System(tmp_path, spill=True)
+    await system.start()
+    try:
+        for name in ("bits flip in the spill", "spill full", "node killed while it spills"):
+            outcome = await repeat(system, FAULTS[name], 1)
+            assert not outcome.bad, f"{name}: {asdict(outcome)}"
     finally:
         await system.stop()
 

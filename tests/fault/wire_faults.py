@@ -16,10 +16,16 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import Fault
 from .blocks import chain, is_one_of
-from .proxy import Rule
+from .proxy import Rule, TcpProxy
 from .system import ROOT, ProxiedTransport, System
 
 VICTIM = "node-0"
+
+
+def _proxy(system: System, way: str) -> TcpProxy:
+    """What stands between clients and the victim on this way."""
+    node = system.nodes[VICTIM]
+    return node.door if way == "tcp" else node.proxy
 
 
 class Between(Fault):
@@ -29,35 +35,35 @@ class Between(Fault):
     ----------
     rule : Rule
         As of `proxy`.
-    load : str
+    load, way : str
     """
 
-    def __init__(self, rule: Rule, load: str = "mixed") -> None:
+    def __init__(self, rule: Rule, load: str = "mixed", way: str = "grpc") -> None:
         self._rule = rule
-        self.load = load
+        self.load, self.way = load, way
         self.lasts_s = 0.6
 
     async def inject(self, system: System) -> None:
-        system.nodes[VICTIM].proxy.rule = self._rule
+        _proxy(system, self.way).rule = self._rule
 
     async def heal(self, system: System) -> None:
-        system.nodes[VICTIM].proxy.heal()
+        _proxy(system, self.way).heal()
 
 
 class Cut(Fault):
     """Connections to a node break in the middle of what `load` does, again and again."""
 
-    def __init__(self, load: str) -> None:
-        self.load = load
+    def __init__(self, load: str, way: str = "grpc") -> None:
+        self.load, self.way = load, way
         self.lasts_s = 0.1
 
     async def inject(self, system: System) -> None:
         for _ in range(5):
-            system.nodes[VICTIM].proxy.cut()
+            _proxy(system, self.way).cut()
             await asyncio.sleep(0.06)
 
     async def heal(self, system: System) -> None:
-        system.nodes[VICTIM].proxy.heal()
+        _proxy(system, self.way).heal()
 
 
 class SlowReader(Fault):
