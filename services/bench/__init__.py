@@ -1,7 +1,8 @@
 """Benchmarks: one file each, found through `BENCHES` and imported only when it is run.
 
 A benchmark module has ``configure(parser)``, which adds its own arguments; ``run(args) -> Result``; and ``render(result) -> str``, which
-makes the table for people from nothing but the result. It may have ``plot(result) -> str``, an SVG. `base.py` holds `Result` and the helpers of all of them.
+makes the table for people from nothing but the result. It may have ``plot(result) -> str``, an SVG. `base.py` holds `Result` and the
+helpers of all of them.
 """
 
 from __future__ import annotations
@@ -11,5 +12,6 @@ BENCHES: dict[str, tuple[str, str]] = {
     "codecs": ("services.bench.codecs", "encode and decode of every codec, against a memory copy and the model's own prefill"),
     "eviction": ("services.bench.eviction", "live nodes against the replay, a working set that outgrows memory, and puts under eviction"),
     "serving": ("services.bench.serving", "the engine beside plain transformers and vLLM, and what gRPC and HTTP cost; --load: overload"),
+    "store": ("services.bench.store", "get and put by gRPC, TCP and shared memory beside plain copies and Redis; lookups; delivery"),
     "ttft": ("services.bench.ttft", "time to first token cold and warm, by codec and path, and under many requests at once"),
 }

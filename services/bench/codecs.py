@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> Result:
     if args.block < 1 or tokens < args.block:
         raise ConfigError(f"--tokens {tokens} must hold at least one block of {args.block}")
     model = CachedModel.load(resolve_model(args.model), torch.bfloat16)
-    ids = _prompt(model, tokens // args.block * args.block)
+    ids = prompt_of(model, tokens // args.block * args.block)
     profile = Profile.load(args.profile) if args.profile else None
     chosen = [n for n in args.codec or names() if profile is not None or not codec_class(n).uses_profile]
     codecs = {name: create(name, model.layout, profile, **_OPTIONS.get(name, {})) for name in chosen}
     _, (keys, values) = model.run(ids, logits=False)
-    batch = [_blocks(x, args.block) for x in (keys, values)]
+    batch = [blocks_of(x, args.block) for x in (keys, values)]
     with Progress("measuring, rounds") as report:
         contestants, encoded = _contestants(model, codecs, ids, batch, args.block)
         samples = take_turns(contestants, rounds, report=report)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> Result:
     return result
 
 
-def _prompt(model: Any, tokens: int) -> list[int]:
+def prompt_of(model: Any, tokens: int) -> list[int]:
     import pydoc_data.topics  # the language reference: prose that every Python has
 
     text = "\n\n".join(pydoc_data.topics.topics.values())
@@ -73,7 +73,7 @@ def _prompt(model: Any, tokens: int) -> list[int]:
     return ids
 
 
-def _blocks(x_LHTD: torch.Tensor, block_tokens: int) -> torch.Tensor:
+def blocks_of(x_LHTD: torch.Tensor, block_tokens: int) -> torch.Tensor:
     """[L, H, T, D] as a batch of blocks [B, L, H, t, D], dense."""
     return x_LHTD.unflatten(2, (-1, block_tokens)).permute(2, 0, 1, 3, 4).contiguous()
 
