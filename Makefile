@@ -1,7 +1,7 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test sim fault lint protos lock image bench load
+.PHONY: help setup model demo up down test sim fault soak lint protos lock image bench load
 
 PYTHON ?= python3
 MODEL ?=
@@ -24,7 +24,7 @@ STAMP := .venv/.setup-$(shell { cat $(SETUP_FILES); echo "$(CURDIR)"; } | cksum 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), REPS=$(REPS), IMAGE=$(IMAGE), MINUTES=$(MINUTES) for make load"
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 or newer), MODEL=DIR or hub name, NODES=$(NODES), WORKERS=$(WORKERS), TESTS=paths for make test, N=$(N), SEED=$(SEED), REPS=$(REPS), IMAGE=$(IMAGE), MINUTES=$(MINUTES) for make load and make soak"
 
 setup: $(STAMP) model ## make .venv from the lock and fetch the default model (once; then it takes a moment)
 
@@ -65,6 +65,9 @@ bench: setup ## all benchmarks: results to tests/bench, the README's plots from 
 
 fault: setup ## make each fault of tests/fault REPS times on real processes, and judge every byte, deadline and pin
 	$(BIN)/python -m tests.fault --reps $(REPS)
+
+soak: setup ## nodes under load and random kills for MINUTES; nothing may be left behind at any idle moment
+	$(BIN)/python -m tests.fault.soak --minutes $(MINUTES)
 
 lint: setup ## ruff, import layers, buf, sizes of files and functions, generated protos up to date
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ async def repeat(system: System, fault: Fault, repetitions: int, outcome: Outcom
 
 async def _once(system: System, fault: Fault, outcome: Outcome) -> None:
     load = Load(system, outcome)
-    if not await _healthy(system, load, "before"):
+    if not await healthy(system, load, "before"):
         return
     for _ in range(PROMPTS):  # enough that every node has some of it
         await load.write(12)
@@ -46,13 +46,13 @@ async def _once(system: System, fault: Fault, outcome: Outcome) -> None:
     finally:
         await fault.heal(system)
         await load.stop()
-    if await _healthy(system, load, "after"):
+    if await healthy(system, load, "after"):
         if fault.damages:
             load.pins.clear()
         await load.check_pins()
 
 
-async def _healthy(system: System, load: Load, when: str) -> bool:
+async def healthy(system: System, load: Load, when: str) -> bool:
     """Whether, within HEALTHY_WITHIN_S, all members are known, a new prompt can be written and read, and every node's account adds up."""
     deadline = time.monotonic() + HEALTHY_WITHIN_S
     try:

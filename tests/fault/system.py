@@ -89,7 +89,7 @@ class System:
         Whether the nodes spill to directories of their own.
     nodes : int
 
-    `way` says which of the clients is in use, see `Fault.way`.
+    `way` says which of the clients is in use, see `Fault.way`; `node_options` are given to every node.
     """
 
     def __init__(self, directory: Path, spill: bool = False, nodes: int = 2) -> None:
@@ -98,6 +98,7 @@ class System:
         self.way = "grpc"
         self.clients: dict[str, KvClient] = {}
         self.spill = spill
+        self.node_options: tuple[str, ...] = ()
         self.redis: EmbeddedValkey
         self.redis_proxy: TcpProxy
         self._count = nodes
@@ -175,7 +176,7 @@ class System:
     async def spawn(self, module: str, name: str, listen: str, *options: str) -> asyncio.subprocess.Process:
         """``concertina node`` (or another module that takes its arguments) as a child."""
         command = [sys.executable, "-m", module, "node", "--redis", self.redis_url, "--listen", listen]
-        command += ["--arena", str(ARENA_BYTES), "--id", name, *options]
+        command += ["--arena", str(ARENA_BYTES), "--id", name, *self.node_options, *options]
         if self.spill:
             command += ["--spill", str(self.spill_of(name)), "--spill-bytes", "64MiB"]
         settings = {f"CONCERTINA_NODE__{key}": value for key, value in NODE_SETTINGS.items()}
