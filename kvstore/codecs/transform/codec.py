@@ -113,8 +113,9 @@ class TransformCodec(Codec):
         def one(b: int) -> Coded:
             sink = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
             skip = 1 if sink[0] else 0
-            seen = [z[b * length + skip : (b + 1) * length] for z in made.seen]
-            encoder = self._encoder(projection, made.coefficients, b * length + skip, length - skip)
+            mine = slice(b * length + skip, (b + 1) * length)
+            seen = [z[mine] for z in made.seen]
+            encoder = self._encoder(projection, [np.ascontiguousarray(c[:, mine]) for c in made.coefficients])
             return self._encode_block(projection, encoder, seen, starts[b], sink, energy[b])
 
         return spread(one, range(len(starts)))
@@ -124,8 +125,8 @@ class TransformCodec(Codec):
         return torch.tensor(starts)[:, None] + torch.arange(length)
 
     @staticmethod
-    def _encoder(projection: Projection, coefficients: list[np.ndarray], begin: int, tokens: int) -> BlockEncoder:
-        return BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients, begin, tokens)
+    def _encoder(projection: Projection, coefficients: list[np.ndarray]) -> BlockEncoder:
+        return BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
 
     @staticmethod
     def _exact(k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> tuple[bytes, bool]:
@@ -164,7 +165,7 @@ class TransformCodec(Codec):
         no_sketch = [np.zeros((g.width, 0), dtype=np.float32) for g in projection.groups]
 
         def harm(m: int) -> float:
-            trial = self._encoder(projection, [g.c for g in encoder.groups], encoder.begin, encoder.tokens)
+            trial = self._encoder(projection, [g.c for g in encoder.groups])
             trial.layer_at(m)
             return projection.expected_divergence(trial.lost(no_sketch, nothing), encoder.tokens * self.layout.values_per_token)
 

@@ -36,9 +36,9 @@ class _Group:
     energies: np.ndarray
 
     @classmethod
-    def of(cls, c: np.ndarray, kappa: np.ndarray, shape: np.ndarray, tokens: int) -> _Group:
+    def of(cls, c: np.ndarray, kappa: np.ndarray, shape: np.ndarray) -> _Group:
         rows = len(c)
-        cells = np.zeros((rows, tokens), dtype=np.uint8), np.zeros((rows, tokens), dtype=np.float32), np.zeros(rows, dtype=np.uint8)
+        cells = np.zeros(c.shape, dtype=np.uint8), np.zeros(c.shape, dtype=np.float32), np.zeros(rows, dtype=np.uint8)
         return cls(c, kappa, shape, *cells, np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.float32))
 
 
@@ -49,21 +49,21 @@ class BlockEncoder:
     ----------
     models : Models
     kappa, shape : int32 [R] of each group
-    coefficients : float32 [R, N] of each group, C-contiguous
-        Of many blocks.
-    begin, tokens : int
-        The columns that are this block's.
+    coefficients : float32 [R, T] of each group, C-contiguous
     """
 
     def __init__(
-        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray],
-        begin: int, tokens: int,
+        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray]
     ) -> None:
-        self.models, self.begin, self.tokens = models, begin, tokens
-        self.groups = [_Group.of(*each, tokens) for each in zip(coefficients, kappa, shape, strict=True)]
+        self.models = models
+        self.groups = [_Group.of(*each) for each in zip(coefficients, kappa, shape, strict=True)]
         self.steps: list[int] = []
-        largest = max(float(kernels.measure(g.c, begin, tokens, g.peaks, g.energies)) for g in self.groups)
+        largest = max(float(kernels.measure(g.c, g.peaks, g.energies)) for g in self.groups)
         self.finest = max(MIN_STEP, math.ceil(OCTAVE * math.log2(max(largest, 1e-30) / _LARGEST_NUMBER)))
+
+    @property
+    def tokens(self) -> int:
+        return self.groups[0].c.shape[1]
 
     def price(self, m: int) -> float:
         """Bytes that a further pass at step index `m` would take."""
@@ -71,7 +71,7 @@ class BlockEncoder:
         book, zero = self.models.book, self.models.zero
         tables = (zero, book.cost, book.first, book.shift, book.escape, LAW)
         bits = sum(
-            kernels.price(g.c, self.begin, g.kinds, g.lows, g.loud, g.peaks, g.kappa, g.shape, p, *ladder.arrays, *tables)
+            kernels.price(g.c, g.kinds, g.lows, g.loud, g.peaks, g.kappa, g.shape, p, *ladder.arrays, *tables)
             for g in self.groups
         )
         return bits / 8 + len(self.groups) * (2 * rans.STATE_WORDS + 4) + 2
@@ -111,7 +111,7 @@ class BlockEncoder:
         steps, parts, log_width, width = ladder.arrays
         count = kernels.active(g.kappa, steps[p], LAW)
         numbers = np.empty((count, self.tokens), dtype=np.int16)
-        kernels.quantize(g.c, self.begin, g.kinds, g.lows, g.loud, g.peaks, g.kappa, p, steps, parts, width, LAW, numbers)
+        kernels.quantize(g.c, g.kinds, g.lows, g.loud, g.peaks, g.kappa, p, steps, parts, width, LAW, numbers)
         tables = kernels.tables_of(g.kappa, g.shape, count, p, steps, parts, log_width, self.models.zero, LAW)
         out = np.empty(rans.max_words(numbers.size), dtype=np.uint16)
         begin = rans.encode(numbers, g.kinds[:count], tables, out, *self.models.book.arrays)
@@ -126,7 +126,7 @@ class BlockEncoder:
         ladder = Ladder.of(self.steps)
         place = (len(self.steps), ladder.steps, ladder.width, ladder.log_width, self.models.centre, LAW)
         return sum(
-            kernels.residue(g.c, self.begin, g.kinds, g.lows, g.loud, g.energies, g.kappa, g.shape, *place, sketch, z)
+            kernels.residue(g.c, g.kinds, g.lows, g.loud, g.energies, g.kappa, g.shape, *place, sketch, z)
             for g, sketch, z in zip(self.groups, sketches, seen, strict=True)
         )
 
