@@ -1,61 +1,89 @@
-"""Who may hold live KV: a bounded number of requests and of blocks, first come first served."""
+"""Who may hold live KV: a bounded number of requests, as many as there are free pages for, first come first served."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Take(Enum):
+    """What came of a request's attempt to take its pages."""
+
+    TAKEN = "taken"
+    #: It waits for another request's blocks; those behind it may go first.
+    LATER = "later"
+    #: There are too few pages; those behind it wait with it, or it might wait for ever.
+    NO_ROOM = "no room"
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    order: int
+    take: Callable[[], Take] = field(compare=False)
+    turn: asyncio.Future[None] = field(compare=False)
 
 
 class Admission:
-    """Room for `requests` requests that hold `blocks` blocks of live KV together. One event loop uses it.
+    """A line of requests in order of arrival, and `requests` places. One event loop uses it."""
 
-    A request takes at once all that it can come to need, so one that runs is never short of room. A large one at the head
-    of the line is waited for: small ones behind it do not overtake, or it might wait for ever.
-    """
-
-    def __init__(self, requests: int, blocks: int) -> None:
-        self.total_requests, self.total_blocks = requests, blocks
-        self.free_requests, self.free_blocks = requests, blocks
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+    def __init__(self, requests: int) -> None:
+        self.free_requests = requests
+        self._line: list[_Waiting] = []
 
     @property
     def waiting(self) -> int:
         return len(self._line)
 
     @contextlib.asynccontextmanager
-    async def room(self, blocks: int) -> AsyncIterator[None]:
-        """Hold one request's room while inside; `blocks` is at most `total_blocks`."""
-        await self._enter(blocks)
+    async def room(self, order: int, take: Callable[[], Take], undo: Callable[[], None]) -> AsyncIterator[None]:
+        """Hold a place while inside, entered once `take` has taken.
+
+        Parameters
+        ----------
+        order : int
+            Number of arrival. Who comes back keeps it, and so goes before all that came later.
+        take : callable
+            Tries to take what the request needs; called again after every `poke` and every departure.
+        undo : callable
+            Gives it back; called when the request is cancelled in the moment of its turn.
+        """
+        entry = _Waiting(order, take, asyncio.get_running_loop().create_future())
+        bisect.insort(self._line, entry)
+        self.poke()
+        try:
+            await entry.turn
+        except asyncio.CancelledError:
+            if entry.turn.done() and not entry.turn.cancelled():
+                undo()
+                self._leave()
+            else:
+                self._line.remove(entry)
+                self.poke()
+            raise
         try:
             yield
         finally:
-            self._leave(blocks)
+            self._leave()
 
-    async def _enter(self, blocks: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.append((blocks, turn))
-        self._admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave(blocks)  # its turn came in the same moment
-            else:
-                self._line = deque(entry for entry in self._line if entry[1] is not turn)
-                self._admit()
-            raise
-
-    def _leave(self, blocks: int) -> None:
-        self.free_requests += 1
-        self.free_blocks += blocks
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._line and self.free_requests and self._line[0][0] <= self.free_blocks:
-            blocks, turn = self._line.popleft()
-            if not turn.done():
+    def poke(self) -> None:
+        """Something has changed: let in who can come in."""
+        for entry in list(self._line):
+            if not self.free_requests:
+                return
+            if entry.turn.done():
+                continue
+            outcome = entry.take()
+            if outcome is Take.NO_ROOM:
+                return
+            if outcome is Take.TAKEN:
+                self._line.remove(entry)
                 self.free_requests -= 1
-                self.free_blocks -= blocks
-                turn.set_result(None)
+                entry.turn.set_result(None)
+
+    def _leave(self) -> None:
+        self.free_requests += 1
+        self.poke()

@@ -12,32 +12,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from kvstore.errors import ConfigError
 
-from .cpu.tokens import attend_tokens
+from .cpu.tokens import Batch
 from .live import LiveKV
 from .presses.base import Press
 
 NAME = "concertina"
 
 
+@dataclass(frozen=True, slots=True)
 class Tile:
-    """`size` rows of the flat batch from `row` on: `count` prompt tokens of one request, the first at `start` of its cache, and padding.
+    """`size` rows of the flat batch from `row` on: `count` prompt tokens of one request, the first at `start` of its cache, and padding."""
 
-    The views of all layers are cut here, once a step: one call each instead of several in every layer.
-    """
-
-    __slots__ = ("count", "kv", "press", "row", "seen", "size", "start", "written")
-
-    def __init__(self, kv: LiveKV, row: int, start: int, size: int, count: int, press: Press | None) -> None:
-        self.kv, self.row, self.start, self.size, self.count, self.press = kv, row, start, size, count, press
-        self.seen = _layers(kv, slice(0, start + size))
-        self.written = _layers(kv, slice(start, start + size))
+    kv: LiveKV
+    row: int
+    start: int
+    size: int
+    count: int
+    press: Press | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +44,6 @@ class Token:
     kv: LiveKV
     at: int
     press: Press | None
-
-
-def _layers(kv: LiveKV, span: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """K and V [1, H, T, D] of each layer in that span."""
-    return list(zip(kv.k_LHTD[:, None, :, span].unbind(0), kv.v_LHTD[:, None, :, span].unbind(0), strict=True))
 
 
 class Masks:
@@ -85,12 +77,12 @@ class Masks:
 class Step:
     """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond them are padding.
 
-    `places` of the tokens allows for native code. `layers_seen` proves that every layer came by.
+    `native` computes all tokens at once, where there is code for them. `layers_seen` proves that every layer came by.
     """
 
     tiles: tuple[Tile, ...] = ()
     tokens: tuple[Token, ...] = ()
-    places: np.ndarray | None = None
+    native: Batch | None = None
     masks: Masks = field(default_factory=Masks)
     layers_seen: int = 0
 
@@ -141,16 +133,14 @@ def attend(
 
 def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window) -> None:
     rows = slice(tile.row, tile.row + tile.size)
-    k_to, v_to = tile.written[layer]
-    k_to.copy_(key[:, :, rows])
-    v_to.copy_(value[:, :, rows])
-    k, v = tile.seen[layer]
-    heads, dim = k.shape[1], query.shape[3]
+    tile.kv.write(layer, tile.start, key[0, :, rows], value[0, :, rows])
+    k, v = tile.kv.layer(layer, tile.start + tile.size)
+    heads, dim = k.shape[0], query.shape[3]
     groups = query.shape[1] // heads
     # The query heads that share a KV head become further rows of it: K and V are read once and never repeated.
     packed = query[0, :, rows].reshape(1, heads, groups * tile.size, dim)
     mask = masks.get(tile, groups, query.dtype, window)
-    out = functional.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scaling)
+    out = functional.scaled_dot_product_attention(packed, k[None], v[None], attn_mask=mask, scale=scaling)
     out_NQD[rows] = out.view(heads * groups, tile.size, -1).transpose(0, 1)
     if tile.press is not None:
         q_HGTD = packed.view(heads, groups, tile.size, dim)[:, :, : tile.count]
@@ -159,8 +149,8 @@ def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window
 
 def _attend_tokens(layer, step, query, key, value, scaling, window) -> torch.Tensor:
     """[rows, Q, D]; rows beyond the tokens are padding."""
-    native = step.places is not None
-    outs = native and attend_tokens(step.places, layer, query, key, value, scaling, window)
+    native = step.native is not None
+    outs = native and step.native.attend(layer, query, key, value, scaling, window)
     rows = []
     for row, token in enumerate(step.tokens):
         # Places are no positions once a press has dropped tokens, and windows count positions.
@@ -179,11 +169,12 @@ def _attend_tokens(layer, step, query, key, value, scaling, window) -> torch.Ten
 def _attend_token(layer, token, query, key, value, scaling, window) -> torch.Tensor:
     """[Q, D] of one token, with torch alone."""
     kv, at = token.kv, token.at
-    kv.k_LHTD[layer, :, at : at + 1], kv.v_LHTD[layer, :, at : at + 1] = key[0], value[0]
+    kv.write(layer, at, key[0], value[0])
     mask = ~kv.hidden(layer, 1, at + 1, window)[None] if window else None
-    k, v = kv.k_LHTD[layer, None, :, : at + 1], kv.v_LHTD[layer, None, :, : at + 1]
+    k, v = kv.layer(layer, at + 1)
     packed = query.reshape(1, key.shape[1], -1, query.shape[3])
-    return functional.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scaling).reshape(query.shape[1], -1)
+    out = functional.scaled_dot_product_attention(packed, k[None], v[None], attn_mask=mask, scale=scaling)
+    return out.reshape(query.shape[1], -1)
 
 
 def register() -> None:

@@ -18,7 +18,8 @@ from kvstore.identity import block_key
 from kvstore.metrics import Metrics
 
 from .base import Delta
-from .job import Job
+from .job import Job, Preempted
+from .prefixes import LiveBlock, LivePrefixes
 from .rates import Rates
 from .runner import NextToken, PromptTile, Runner
 from .scheduler import Entry, Plan, Scheduler
@@ -36,17 +37,19 @@ class Core:
     ----------
     runner : Runner
     scheduler : Scheduler
+    prefixes : LivePrefixes
+        Told of blocks that are computed, and of requests that end.
     writer : BlockWriter or None
         None publishes nothing.
     eos : frozenset of int
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, writer: BlockWriter | None, eos: frozenset[int], rates: Rates, metrics: Metrics,
-        clock: Clock,
+        self, runner: Runner, scheduler: Scheduler, prefixes: LivePrefixes, writer: BlockWriter | None, eos: frozenset[int], rates: Rates,
+        metrics: Metrics, clock: Clock,
     ) -> None:  # fmt: skip
         self._runner, self._scheduler, self._writer = runner, scheduler, writer
-        self._eos, self._rates = eos, rates
+        self._prefixes, self._eos, self._rates = prefixes, eos, rates
         self._metrics, self._clock = metrics, clock
         self._jobs: dict[str, Job] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -112,15 +115,22 @@ class Core:
 
     def _add(self, job: Job) -> None:
         if self._ended:
+            self._release(job)
             job.sink(CapacityError("the engine is stopping; send the request to another worker"))
             return
         self._jobs[job.id] = job
         self._scheduler.add(Entry(job.id, len(job.spec.tokens), job.prefix.tokens))
 
     def _forget(self, id_: str) -> None:
-        self._jobs.pop(id_, None)
+        job = self._jobs.pop(id_, None)
+        if job is not None:
+            self._release(job)
         self._scheduler.remove(id_)
         self._note_memory()
+
+    def _release(self, job: Job) -> None:
+        self._prefixes.end(job.id)
+        job.kv.release()
 
     def _drop_late(self) -> None:
         now = self._clock.now()
@@ -154,22 +164,29 @@ class Core:
             if whole:
                 finished.append(job)
         logits = self._runner.prefill(tiles)
-        for id_, _, stop in plan.prefill:
+        for id_, start, stop in plan.prefill:
             self._scheduler.computed(id_, stop)
+            self._came(self._jobs[id_], start, stop)
         for row, job in enumerate(finished):
             self._publish(job, len(job.spec.tokens))
             self._next_token(job, logits[row])
         self._rates.prefilled(len(tiles) * self._runner.tile, self._clock.now() - began)
 
     def _decode(self, plan: Plan) -> None:
-        jobs = [self._jobs[id_] for id_ in plan.decode]
+        jobs = self._with_room([self._jobs[id_] for id_ in plan.decode])
+        if not jobs:
+            return
         self._metrics.batch_size.observe(len(jobs))
-        logits = self._runner.decode([NextToken(job.kv, job.output[-1], job.position, job.watcher) for job in jobs])
+        logits = self._runner.decode([NextToken(job.kv, job.output[job.step - 1], job.position, job.watcher) for job in jobs])
         for row, job in enumerate(jobs):
             self._next_token(job, logits[row])
 
     def _next_token(self, job: Job, logits) -> None:
         """Choose, tell, and end the job or make room for its next token."""
+        job.step += 1
+        if job.step <= len(job.output):  # said before a preemption
+            self._press(job)
+            return
         token = job.sampler.choose(logits, len(job.output))
         job.output.append(token)
         now = self._clock.now()
@@ -192,29 +209,76 @@ class Core:
             job.sink(Delta(text, [token]))
 
     def _press(self, job: Job) -> None:
-        if job.press is not None and job.kv.length >= job.press.budget:
-            # Room for a sixteenth of the budget, so that keeping is paid once in so many tokens.
+        if job.press is None or job.kv.length < job.press.budget:
+            return
+        self._prefixes.end(job.id)
+        job.pressed = True
+        # Room for a sixteenth of the budget, so that keeping is paid once in so many tokens.
+        try:
             job.kv.keep(job.press.keep(job.kv, max(1, job.press.budget // 16)))
-            job.pressed = True
+        except CapacityError:
+            self._preempt(job)
+
+    def _came(self, job: Job, start: int, stop: int) -> None:
+        """The prompt's tokens from `start` to `stop` are computed; whole blocks of them may be shared."""
+        size = self._runner.tile
+        if stop % size == 0:
+            self._prefixes.came(job.id, start // size, [LiveBlock(job.kv.page_ids[start // size], job.prefix.provenance)])
+
+    def _with_room(self, jobs: list[Job]) -> list[Job]:
+        """Those of `jobs` that have a page for their next token; while pages are short, the latest to arrive loses its own."""
+        for job in jobs:
+            while job.id in self._jobs and not self._has_room(job):
+                if self._writer is not None and len(self._writer):
+                    self._writer.work(busy=False)  # blocks that wait to be encoded hold their pages
+                else:
+                    self._preempt(max(self._jobs.values(), key=lambda j: j.order))
+        return [job for job in jobs if job.id in self._jobs]
+
+    @staticmethod
+    def _has_room(job: Job) -> bool:
+        try:
+            job.kv.reserve(job.kv.length + 1)
+        except CapacityError:
+            return False
+        return True
+
+    def _preempt(self, job: Job) -> None:
+        """Publish what there is of the job, give up its pages, and let it come again: it is computed, or read, anew to where it was.
+
+        Tokens of the answer are given to the model one by one again, as they were at first. So the answer goes on as if nothing had
+        happened, where the store is lossless; from another store the job takes no more than it did at first.
+        """
+        log.info("request %s gives way to older ones after %d tokens", job.spec.request_id, len(job.output))
+        self._publish_all(job)
+        if self._writer is not None and self._writer.codec.name != "raw":
+            job.compute = max(job.compute, len(job.spec.tokens) - job.prefix.tokens)
+        self._forget(job.id)
+        job.sink(Preempted())
 
     def _end(self, job: Job, text: str, tokens: list[int], reason: str) -> None:
-        # K and V of generated tokens come from other kernels than a prompt's and differ in the last bits, so a lossless codec must not
-        # have them: what it returns stands in for a prompt's own.
-        if self._writer is not None and self._writer.codec.name != "raw" and not job.pressed:
-            self._publish(job, job.kv.length)
-        now = self._clock.now()
-        job.sink(job.last_delta(text, tokens, reason, now))
-        self._forget(job.id)
+        self._publish_all(job)
+        self._forget(job.id)  # before the last word, so that whoever heard it finds the room free
+        job.sink(job.last_delta(text, tokens, reason, self._clock.now()))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        job.sink(error)
         self._forget(job.id)
+        job.sink(error)
+
+    def _publish_all(self, job: Job) -> None:
+        """Publish what has been computed, as far as the codec allows.
+
+        K and V of generated tokens come from other kernels than a prompt's and differ in the last bits, so a lossless codec must not have
+        them: what it returns stands in for a prompt's own.
+        """
+        if self._writer is not None and not job.pressed:
+            self._publish(job, job.kv.length if self._writer.codec.name != "raw" else min(job.kv.length, len(job.spec.tokens)))
 
     def _publish(self, job: Job, length: int) -> None:
         """Offer the whole blocks up to `length` that the store did not give and that were not offered yet."""
         size = self._runner.tile
         first, last = job.published // size, length // size
-        if self._writer is None or not job.prefix.namespace or last <= first:
+        if self._writer is None or not job.prefix.publish or last <= first:
             return
         tokens = (*job.spec.tokens, *job.output)[first * size : last * size]
         keys = [job.parent]
@@ -223,8 +287,11 @@ class Core:
             in_prompt = known < len(job.prefix.keys)
             keys.append(job.prefix.keys[known] if in_prompt else block_key(job.prefix.namespace, keys[-1], tokens[at : at + size]))
         job.published, job.parent = last * size, keys[-1]
-        prefix = job.prefix
-        self._writer.offer(Chain(job.kv, first * size, tokens, keys, prefix.namespace, prefix.provenance, len(job.spec.tokens)))
+        prefix, kv = job.prefix, job.kv
+        chain = Chain(
+            kv.pool, kv.page_ids[first:last], first * size, tokens, keys, prefix.namespace, prefix.provenance, len(job.spec.tokens)
+        )  # fmt: skip
+        self._writer.offer(chain)
 
     def _note_memory(self) -> None:
-        self._metrics.live_kv_bytes.set(sum(job.kv.size_bytes for job in self._jobs.values()))
+        self._metrics.live_kv_bytes.set(self._runner.pool.used_bytes)

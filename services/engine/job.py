@@ -20,21 +20,33 @@ EXACT = Provenance()
 Sink = Callable[[Delta | Exception], None]
 
 
+class Preempted(Exception):
+    """Comes instead of a delta: the job's pages went to an older request, and it is to be submitted again."""
+
+
 @dataclass(slots=True)
 class Prefix:
     """What of a prompt is already in `kv`: `tokens` of them, a multiple of the block, and how good that is.
 
-    `namespace` and `keys` (of all the prompt's full blocks) name what is published; without a namespace nothing is.
+    `namespace` and `keys` (of all the prompt's whole blocks) name what may be shared; with `publish` the store gets it, too.
     """
 
     kv: LiveKV
     tokens: int = 0
     namespace: bytes = b""
+    publish: bool = False
     keys: list[bytes] = field(default_factory=list)
     provenance: Provenance = EXACT
     report: CacheReport = field(default_factory=CacheReport)
     lookup_s: float = 0.0
     fetch_s: float = 0.0
+
+    def adopt(self, provenance: Provenance, blocks: int, block_tokens: int) -> None:
+        """Begin with blocks that another request has in use."""
+        self.tokens, self.provenance = blocks * block_tokens, provenance
+        self.report.cached_tokens, self.report.blocks_hit = self.tokens, blocks
+        self.report.fidelity = provenance.fidelity
+        self.report.distortion = max(provenance.distortion.keys, provenance.distortion.values)
 
 
 @dataclass(slots=True)
@@ -42,15 +54,22 @@ class Job:
     """A request with its cache, its choices and its text. Times are the clock's seconds."""
 
     id: str
+    #: Number of arrival; the latest is the first to be preempted.
+    order: int
     spec: GenerateSpec
     prefix: Prefix
     sampler: Sampler
     text: TextStream
     sink: Sink
     arrived: float
+    #: How many of the prompt's last tokens are computed whatever is cached; at least 1.
+    compute: int = 1
     press: Press | None = None
     max_new_tokens: int = 1
     output: list[int] = field(default_factory=list)
+    #: How many tokens of the answer have been given to the model, or will be in its next step; fewer than there are of them after a
+    #: preemption, until the model has seen them again.
+    step: int = 0
     #: Tokens whose blocks have been handed to the writer, or came from the store.
     published: int = 0
     #: Key of the last of those blocks.
@@ -72,8 +91,16 @@ class Job:
 
     @property
     def position(self) -> int:
-        """Position in the sequence of the last token of the answer."""
-        return len(self.spec.tokens) + len(self.output) - 1
+        """Position in the sequence of the token that the model is given next."""
+        return len(self.spec.tokens) + self.step - 1
+
+    def place(self, prefix: Prefix, block_tokens: int) -> None:
+        """Begin, or begin again, with what of the prompt is already there."""
+        blocks = prefix.tokens // block_tokens
+        if self.began is not None:  # what is told of the store is what it gave at first
+            prefix.report, prefix.lookup_s, prefix.fetch_s = self.prefix.report, self.prefix.lookup_s, self.prefix.fetch_s
+        self.prefix, self.step, self.pressed = prefix, 0, False
+        self.published, self.parent = prefix.tokens, prefix.keys[blocks - 1] if blocks else NO_PARENT
 
     def timing(self, now: float) -> Timing:
         """Milliseconds so far."""

@@ -1,85 +1,123 @@
-"""The live KV cache of one request.
+"""The live KV cache: pages of one block each in two tensors for all requests, and what one request has of them.
 
-Shape suffixes: L layer, H KV head, T token, D head dim, B block.
+Shape suffixes: L layer, H KV head, P page, B block, T token of a page, S token of a request, D head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import psutil
 import torch
 from torch.nn import functional
 
 from kvstore.layout import KVLayout
 
+from .pages import Pages
 
-class LiveKV:
-    """K and V of one request, contiguous over tokens for each layer and head, growing in whole blocks.
 
-    One tensor each for K and V keeps attention on plain strided views, with no gather, and lets a codec write blocks straight into
-    their place. `length` counts the tokens that attention may see; it is no position once a press has dropped tokens.
+class LivePool:
+    """K and V of all requests, in the model's own element type.
+
+    Memory is touched only once a page is first used.
 
     Parameters
     ----------
     layout : KVLayout
-    capacity : int
-        Tokens to hold at first; rounded up to whole blocks.
-    limit : int
-        Tokens that it may ever hold.
+    pages : int
     block_tokens : int
+        Tokens of a page.
     device : torch.device
     """
 
-    def __init__(self, layout: KVLayout, capacity: int, limit: int, block_tokens: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, pages: int, block_tokens: int, device: torch.device) -> None:
         self.layout, self.block_tokens, self.device = layout, block_tokens, device
-        self.limit = -(-limit // block_tokens) * block_tokens
+        self.pages = Pages(pages)
+        shape = (layout.layers, layout.kv_heads, pages, block_tokens, layout.head_dim)
+        self.k_LHPTD = torch.empty(shape, dtype=layout.dtype, device=device)
+        self.v_LHPTD = torch.empty(shape, dtype=layout.dtype, device=device)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that somebody holds; shared ones count once."""
+        return (self.pages.total - self.pages.free) * self.block_tokens * self.layout.bytes_per_token
+
+    def blocks(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [B, L, H, T, D] of these pages: views where they lie in a row, else copies."""
+        k, v = _select(self.k_LHPTD, pages, 2), _select(self.v_LHPTD, pages, 2)
+        return k.permute(2, 0, 1, 3, 4), v.permute(2, 0, 1, 3, 4)
+
+    def fill(self, pages: Sequence[int], write: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Let `write` set K and V [B, L, H, T, D] of these pages."""
+        k, v = self.blocks(pages)
+        write(k, v)
+        if not _in_a_row(pages):
+            index = torch.tensor(pages, device=self.device)
+            self.k_LHPTD.index_copy_(2, index, k.permute(1, 2, 0, 3, 4))
+            self.v_LHPTD.index_copy_(2, index, v.permute(1, 2, 0, 3, 4))
+
+
+class LiveKV:
+    """The cache of one request: pages in the order of its tokens, some of them perhaps shared with other requests.
+
+    `length` counts the tokens that attention may see; it is no position once a press has dropped tokens. Only pages of its own are
+    written to: what is shared are whole blocks before the first token that it computes.
+    """
+
+    def __init__(self, pool: LivePool) -> None:
+        self.pool, self.layout, self.device, self.block_tokens = pool, pool.layout, pool.device, pool.block_tokens
         self.length = 0
+        self.page_ids: list[int] = []
         self.positions_LHT: torch.Tensor | None = None
-        self.k_LHTD, self.v_LHTD = self._allocate(min(capacity, self.limit))
-
-    @property
-    def capacity(self) -> int:
-        return self.k_LHTD.shape[2]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of whole blocks in use, the unit of `live_kv_bytes`."""
-        return -(-self.length // self.block_tokens) * self.block_tokens * self.layout.bytes_per_token
-
-    def _allocate(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lay, rounded = self.layout, -(-max(tokens, 1) // self.block_tokens) * self.block_tokens
-        shape = (lay.layers, lay.kv_heads, rounded, lay.head_dim)
-        return torch.empty(shape, dtype=lay.dtype, device=self.device), torch.empty(shape, dtype=lay.dtype, device=self.device)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all, growing by at least half so that copies stay few."""
-        if tokens <= self.capacity:
-            return
-        k, v = self._allocate(min(max(tokens, self.capacity * 3 // 2), max(self.limit, tokens)))
-        k[:, :, : self.length], v[:, :, : self.length] = self.k_LHTD[:, :, : self.length], self.v_LHTD[:, :, : self.length]
-        self.k_LHTD, self.v_LHTD = k, v
+        """Make room for `tokens` in all. Raises CapacityError when there are not enough free pages; nothing has changed then."""
+        missing = -(-tokens // self.block_tokens) - len(self.page_ids)
+        if missing > 0:
+            self.page_ids += self.pool.pages.take(missing, self.page_ids[-1] if self.page_ids else None)
 
-    def blocks(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [B, L, H, T, D] of K and V of `count` whole blocks from token `start`; room must be reserved."""
-        span = slice(start, start + count * self.block_tokens)
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Begin with these pages of whole blocks, of which hold has been taken."""
+        self.page_ids = list(pages)
+        self.length = len(pages) * self.block_tokens
 
-        def view(x: torch.Tensor) -> torch.Tensor:
-            return x[:, :, span].unflatten(2, (count, self.block_tokens)).permute(2, 0, 1, 3, 4)
+    def release(self) -> None:
+        """Give all pages back. Calling it again changes nothing."""
+        pages, self.page_ids, self.length = self.page_ids, [], 0
+        self.pool.pages.give(pages)
 
-        return view(self.k_LHTD), view(self.v_LHTD)
+    def layer(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [H, S, D] of the tokens before `stop` in one layer: views where the pages lie in a row, else copies."""
+        pages = self.page_ids[: -(-stop // self.block_tokens)]
+        k, v = (_select(x[layer], pages, 1).flatten(1, 2) for x in (self.pool.k_LHPTD, self.pool.v_LHPTD))
+        return k[:, :stop], v[:, :stop]
+
+    def keys(self) -> torch.Tensor:
+        """K [L, H, S, D] of all tokens."""
+        return _select(self.pool.k_LHPTD, self.page_ids, 2).flatten(2, 3)[:, :, : self.length]
+
+    def write(self, layer: int, place: int, k_HTD: torch.Tensor, v_HTD: torch.Tensor) -> None:
+        """Set one layer's K and V of the tokens from `place` on, all in one page."""
+        page, at = self.page_ids[place // self.block_tokens], place % self.block_tokens
+        span = slice(at, at + k_HTD.shape[1])
+        self.pool.k_LHPTD[layer, :, page, span], self.pool.v_LHPTD[layer, :, page, span] = k_HTD, v_HTD
 
     def keep(self, places_LHN: torch.Tensor) -> None:
-        """Drop all tokens but those at these places [L, H, N], ascending, into new tensors (readers of the old ones are safe).
+        """Drop all tokens but those at these places [L, H, N], ascending, into pages of its own.
+
+        Raises CapacityError, with nothing changed, when pages that are shared leave too few.
 
         The heads' tokens differ from then on, so `positions_LHT` says where in the sequence each was.
         """
         count = places_LHN.shape[2]
+        old, size = self.page_ids, self.block_tokens
+        index = functional.pad(places_LHN, (0, -count % size))[..., None].expand(-1, -1, -1, self.layout.head_dim)
+        kept = [_select(x, old, 2).flatten(2, 3).gather(2, index) for x in (self.pool.k_LHPTD, self.pool.v_LHPTD)]
+        self.page_ids, self.length = self.pool.pages.exchange(old, -(-count // size)), count
         before = self.positions_LHT
-        positions = places_LHN if before is None else before[:, :, : self.length].gather(2, places_LHN)
-        index = places_LHN[..., None].expand(-1, -1, -1, self.layout.head_dim)
-        k, v = self._allocate(count)
-        torch.gather(self.k_LHTD, 2, index, out=k[:, :, :count])
-        torch.gather(self.v_LHTD, 2, index, out=v[:, :, :count])
-        self.k_LHTD, self.v_LHTD = k, v
-        self.positions_LHT, self.length = positions.clone(), count
+        self.positions_LHT = (places_LHN if before is None else before.gather(2, places_LHN)).clone()
+        k, v = (x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4) for x in kept)
+        self.pool.fill(self.page_ids, lambda to_k, to_v: (to_k.copy_(k), to_v.copy_(v)))
 
     def appended(self, position: int) -> None:
         """The token at the last place was at `position` of the sequence; needs no saying before tokens are dropped."""
@@ -95,3 +133,21 @@ class LiveKV:
             at = place[None] if self.positions_LHT is None else self.positions_LHT[layer, :, :stop]
             hidden = hidden | (at[:, None, :] <= at[:, stop - count :, None] - window)
         return hidden
+
+
+def affordable_tokens(layout: KVLayout, device: torch.device) -> int:
+    """Tokens of live cache for which there is memory: half of what a CPU's machine has left, four fifths of a GPU's."""
+    cuda = device.type == "cuda"
+    room_bytes = torch.cuda.mem_get_info(device)[0] * 4 // 5 if cuda else psutil.virtual_memory().available // 2
+    return room_bytes // layout.bytes_per_token
+
+
+def _in_a_row(pages: Sequence[int]) -> bool:
+    return not pages or list(pages) == list(range(pages[0], pages[0] + len(pages)))
+
+
+def _select(x: torch.Tensor, pages: Sequence[int], dim: int) -> torch.Tensor:
+    """Those pages of `x` along `dim`, as a view where they lie in a row."""
+    if _in_a_row(pages):
+        return x.narrow(dim, pages[0] if pages else 0, len(pages))
+    return x.index_select(dim, torch.tensor(pages, device=x.device))

@@ -14,11 +14,10 @@ from kvstore.client import Hit, KvClient
 from kvstore.clock import Clock
 from kvstore.codecs import Codec, codec_for_wire_id, name_of_wire_id
 from kvstore.errors import ConcertinaError, CorruptBlockError
-from kvstore.identity import NO_PARENT, NamespaceFields, block_keys, namespace
-from kvstore.layout import dtype_name
+from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
 
-from .base import CacheMode, GenerateSpec
+from .base import GenerateSpec
 from .job import Prefix
 from .live import LiveKV
 from .rates import Rates
@@ -40,8 +39,6 @@ class StoreReader:
     client : KvClient
     codec : Codec
         The engine's own. Blocks of codecs that need no profile are read as well, and those of codecs that `learn` was given.
-    fingerprint : str
-        Of the model.
     block_tokens : int
     workers : Executor
         Where decoding runs.
@@ -50,10 +47,10 @@ class StoreReader:
     """
 
     def __init__(
-        self, client: KvClient, codec: Codec, fingerprint: str, block_tokens: int, workers: Executor, rates: Rates, metrics: Metrics,
+        self, client: KvClient, codec: Codec, block_tokens: int, workers: Executor, rates: Rates, metrics: Metrics,
         clock: Clock, on_unknown: Callable[[int, bytes], None] = lambda number, profile: None,
     ) -> None:  # fmt: skip
-        self._client, self._layout, self._fingerprint, self._block_tokens = client, codec.layout, fingerprint, block_tokens
+        self._client, self._layout, self._block_tokens = client, codec.layout, block_tokens
         self._workers, self._rates, self._metrics, self._clock = workers, rates, metrics, clock
         self._on_unknown = on_unknown
         #: By what a block's header names: the codec's number and the profile's digest. Without a profile: None if it cannot be had.
@@ -67,39 +64,23 @@ class StoreReader:
         if len(with_profile) > MAX_PROFILES:
             del self._codecs[with_profile[0]]
 
-    def namespace(self, tenant: str) -> bytes:
-        """The namespace of one tenant's blocks of this model."""
-        lay = self._layout
-        return namespace(
-            NamespaceFields(
-                model=self._fingerprint, dtype=dtype_name(lay.dtype), layers=lay.layers, kv_heads=lay.kv_heads, head_dim=lay.head_dim,
-                rope=lay.rope.canonical(), block_tokens=self._block_tokens, tenant=tenant,
-            )
-        )  # fmt: skip
-
-    async def read(self, spec: GenerateSpec, kv: LiveKV, compute: int = 1) -> Prefix:
-        """Fill `kv` with the longest cached prefix that leaves at least the last `compute` prompt tokens to compute."""
-        if spec.cache_mode is CacheMode.BYPASS:
-            return Prefix(kv)
-        name = self.namespace(spec.tenant)
-        keys = block_keys(name, spec.tokens, self._block_tokens)
-        prefix = Prefix(kv, namespace=name if spec.cache_mode is CacheMode.USE else b"", keys=keys)
-        usable = max(0, len(spec.tokens) - compute) // self._block_tokens
-        if usable and self._rates.worth_fetching():
+    async def read(self, spec: GenerateSpec, prefix: Prefix, usable: int) -> None:
+        """Continue `prefix`, whose pages are there, with the longest cached run of its first `usable` blocks."""
+        known = prefix.tokens // self._block_tokens
+        if usable > known and self._rates.worth_fetching():
             budget_s = spec.store_deadline_s if spec.store_deadline_s is not None else self._rates.store_budget_s(len(spec.tokens))
-            await self._read_within(spec, prefix, keys[:usable], name, budget_s)
+            await self._read_within(spec, prefix, prefix.keys[known:usable], budget_s)
         self._metrics.lookup_tokens.labels(result="hit").inc(prefix.tokens)
         self._metrics.lookup_tokens.labels(result="miss").inc(len(spec.tokens) - prefix.tokens)
-        return prefix
 
-    async def _read_within(self, spec: GenerateSpec, prefix: Prefix, keys: Sequence[bytes], name: bytes, budget_s: float) -> None:
+    async def _read_within(self, spec: GenerateSpec, prefix: Prefix, keys: Sequence[bytes], budget_s: float) -> None:
         began = self._clock.now()
-        looked = None
+        looked, before = None, prefix.tokens
         try:
             hits = await self._client.lookup(keys, deadline_s=budget_s)
             looked = self._clock.now()
             if hits:
-                await self._fill(spec, prefix, hits, name, began + budget_s)
+                await self._fill(spec, prefix, hits, began + budget_s)
         except CorruptBlockError as error:
             log.warning("request %s goes on with what came before a damaged block: %s", spec.request_id, error)
             self._metrics.corrupt_blocks.labels(where="decode").inc()
@@ -110,17 +91,20 @@ class StoreReader:
         prefix.lookup_s = (looked if looked is not None else now) - began
         if prefix.report.bytes_fetched:
             prefix.fetch_s = now - began - prefix.lookup_s
-            self._rates.fetched(prefix.tokens, prefix.fetch_s)
+            self._rates.fetched(prefix.tokens - before, prefix.fetch_s)
 
-    async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], name: bytes, until: float) -> None:
+    async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], until: float) -> None:
         """Fetch, and decode into place what has arrived while the rest is on its way."""
         arrived: asyncio.Queue[EncodedBlock | None] = asyncio.Queue()
+        known = prefix.tokens // self._block_tokens
+        parent = prefix.keys[known - 1] if known else NO_PARENT
 
         async def fetch() -> int:
             try:
                 fetched = await self._client.fetch(
-                    hits, namespace=name, max_distortion=spec.max_distortion, input_tokens=len(spec.tokens),
-                    deadline_s=FETCH_SHARE * max(0.0, until - self._clock.now()), on_block=lambda _, block: arrived.put_nowait(block),
+                    hits, namespace=prefix.namespace, parent_of_first=parent, max_distortion=spec.max_distortion,
+                    input_tokens=len(spec.tokens), deadline_s=FETCH_SHARE * max(0.0, until - self._clock.now()),
+                    on_block=lambda _, block: arrived.put_nowait(block),
                 )  # fmt: skip
                 return fetched.bytes_fetched
             finally:
@@ -151,13 +135,24 @@ class StoreReader:
             if batch:
                 ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, codecs, ids)
+                decoding = loop.run_in_executor(self._workers, self._decode_batch, prefix.kv, first, batch, codecs, ids)
+                try:
+                    await asyncio.shield(decoding)
+                except asyncio.CancelledError:
+                    await asyncio.wait([decoding])  # until then its pages are written to, and must not be given back
+                    raise
                 self._account(prefix, batch)
 
     @torch.inference_mode()
     def _decode_batch(self, kv: LiveKV, first: int, batch: list[EncodedBlock], codecs: list[Codec], ids: list[Sequence[int]]) -> None:
-        kv.reserve((first + len(batch)) * self._block_tokens)
-        k, v = kv.blocks(first * self._block_tokens, len(batch))
+        pages = kv.page_ids[first : first + len(batch)]
+        kv.pool.fill(pages, lambda k, v: self._decode_into(k, v, batch, codecs, ids))
+        kv.length = (first + len(batch)) * self._block_tokens
+
+    def _decode_into(
+        self, k: torch.Tensor, v: torch.Tensor, batch: list[EncodedBlock], codecs: list[Codec], ids: list[Sequence[int]]
+    ) -> None:  # fmt: skip
+        """Decode consecutive blocks of one codec at a time."""
         at = 0
         while at < len(batch):
             codec, began = codecs[at], self._clock.now()
@@ -165,7 +160,6 @@ class StoreReader:
             codec.decode(batch[at:stop], tokens=ids[at:stop], out=(k[at:stop], v[at:stop]))
             self._metrics.decode_seconds.labels(codec=codec.name).observe(self._clock.now() - began)
             at = stop
-        kv.length = (first + len(batch)) * self._block_tokens
 
     def _account(self, prefix: Prefix, batch: list[EncodedBlock]) -> None:
         """Count blocks that are in place, and what computing on top of them is worth."""

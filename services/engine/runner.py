@@ -14,11 +14,10 @@ import numba
 import torch
 
 from kvstore.errors import ConfigError
-from kvstore.layout import KVLayout
 
 from .attention import Masks, Step, Tile, Token
-from .cpu.tokens import can_attend, places
-from .live import LiveKV
+from .cpu.tokens import Batch, can_attend
+from .live import LiveKV, LivePool
 from .presses.base import Press
 
 
@@ -62,20 +61,15 @@ class Runner:
     ----------
     model : module
         A causal language model loaded with the attention of `services.engine.attention`.
-    layout : KVLayout
-    tile : int
-        Tokens of a tile.
-    device : str
+    pool : LivePool
+        Its pages are tiles.
     """
 
-    def __init__(self, model: torch.nn.Module, layout: KVLayout, tile: int, device: str) -> None:
-        self.model, self.layout, self.tile, self.device = model, layout, tile, torch.device(device)
+    def __init__(self, model: torch.nn.Module, pool: LivePool) -> None:
+        self.model, self.pool, self.layout = model, pool, pool.layout
+        self.tile, self.device = pool.block_tokens, pool.device
         self.shapes = Shapes(tiles=(1,), quantum=8, rows=8)
         self._masks = Masks()
-
-    def new_kv(self, capacity: int, limit: int) -> LiveKV:
-        """An empty cache for one request."""
-        return LiveKV(self.layout, capacity, limit, self.tile, self.device)
 
     @torch.inference_mode()
     def prefill(self, tiles: Sequence[PromptTile]) -> torch.Tensor:
@@ -115,8 +109,8 @@ class Runner:
             tokens.append(Token(row.kv, at, row.press))
         ids = [row.token for row in rows] + [0] * padding
         positions = [row.position for row in rows] + [0] * padding
-        where = places([(token.kv, token.at) for token in tokens]) if can_attend(rows[0].kv) else None
-        step = Step(tokens=tuple(tokens), places=where, masks=self._masks)
+        native = Batch([(token.kv, token.at) for token in tokens]) if can_attend(self.pool) else None
+        step = Step(tokens=tuple(tokens), native=native, masks=self._masks)
         return self._forward(ids, positions, list(range(len(rows))), step)
 
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:

@@ -22,6 +22,11 @@ QUANTA = (1, 2, 4, 8)
 log = logging.getLogger(__name__)
 
 
+def pages_needed(tiles: Sequence[int], max_rows: int) -> int:
+    """Pages of live cache that `find_shapes` and `warm_up` use."""
+    return 2 * max(2, *tiles) + max(max_rows, QUANTA[-1])
+
+
 def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows: int, clock: Clock) -> tuple[Shapes, float]:
     """The row counts that agree bit by bit, and the measured prefill rate in tokens a second.
 
@@ -40,12 +45,13 @@ def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows:
     generator = torch.Generator().manual_seed(0)
     counts = sorted({1, *tiles})
     prompt = torch.randint(0, vocab_size, (max(counts[-1], 2) * runner.tile,), generator=generator).tolist()
-    reference = runner.new_kv(len(prompt), len(prompt))
+    reference = LiveKV(runner.pool)
     logits, rate = _one_by_one(runner, prompt, reference, clock)
     agreeing = [n for n in counts if n == 1 or _tiles_agree(runner, prompt, n, reference, logits)]
     # As many rows as a tile would be computed as one, by other kernels.
     rows = torch.randint(0, vocab_size, (max(min(max_rows, runner.tile - 1), QUANTA[-1]),), generator=generator).tolist()
     quantum, widest = _decode_counts(runner, reference, rows)
+    reference.release()
     shapes = Shapes(tuple(agreeing), quantum, min(widest, -(-max_rows // quantum) * quantum))
     log.info("rows keep their bits in %s tiles of %d, and in multiples of %d up to %d", agreeing, runner.tile, quantum, shapes.rows)
     return shapes, rate
@@ -53,9 +59,10 @@ def find_shapes(runner: Runner, vocab_size: int, tiles: Sequence[int], max_rows:
 
 def warm_up(runner: Runner, vocab_size: int) -> None:
     """One tile and one token, so that the first request does not pay for what libraries do at their first call."""
-    kv = runner.new_kv(runner.tile + 1, runner.tile + 1)
+    kv = LiveKV(runner.pool)
     runner.prefill([PromptTile(kv, 0, [token % vocab_size for token in range(runner.tile)], logits=True)])
     runner.decode([NextToken(kv, 0, runner.tile)])
+    kv.release()
 
 
 def _one_by_one(runner: Runner, prompt: Sequence[int], kv: LiveKV, clock: Clock) -> tuple[list[torch.Tensor], float]:
@@ -70,10 +77,11 @@ def _one_by_one(runner: Runner, prompt: Sequence[int], kv: LiveKV, clock: Clock)
 def _tiles_agree(runner: Runner, prompt: Sequence[int], count: int, reference: LiveKV, logits: list[torch.Tensor]) -> bool:
     """Whether `count` tiles in one step give the bits that they give one by one."""
     size, stop = runner.tile, count * runner.tile
-    kv = runner.new_kv(stop, stop)
+    kv = LiveKV(runner.pool)
     ours = runner.prefill([PromptTile(kv, at, prompt[at : at + size], logits=at + size == stop) for at in range(0, stop, size)])
-    same_k = torch.equal(kv.k_LHTD, reference.k_LHTD[:, :, :stop])
-    return same_k and torch.equal(kv.v_LHTD, reference.v_LHTD[:, :, :stop]) and torch.equal(ours, logits[count - 1])
+    got, want = runner.pool.blocks(kv.page_ids), runner.pool.blocks(reference.page_ids[:count])
+    kv.release()
+    return all(map(torch.equal, got, want)) and torch.equal(ours, logits[count - 1])
 
 
 def _decode_counts(runner: Runner, reference: LiveKV, rows: Sequence[int]) -> tuple[int, int]:
@@ -94,12 +102,15 @@ def _rows_agree(runner: Runner, reference: LiveKV, rows: Sequence[int], quantum:
 
 
 def _decode(runner: Runner, reference: LiveKV, rows: Sequence[int], quantum: int) -> torch.Tensor:
-    """Logits of one step after the reference's first tile, each row on a copy of it."""
+    """Logits of one step after the reference's first tile, which all rows share."""
     batch, size = [], runner.tile
     for token in rows:
-        kv = runner.new_kv(size + 1, size + 1)
-        kv.k_LHTD[:, :, :size], kv.v_LHTD[:, :, :size] = reference.k_LHTD[:, :, :size], reference.v_LHTD[:, :, :size]
-        kv.length = size
+        kv = LiveKV(runner.pool)
+        runner.pool.pages.share(reference.page_ids[:1])
+        kv.adopt(reference.page_ids[:1])
         batch.append(NextToken(kv, token, size))
     runner.shapes = Shapes((1,), quantum, len(rows))
-    return runner.decode(batch)
+    logits = runner.decode(batch)
+    for row in batch:
+        row.kv.release()
+    return logits

@@ -23,33 +23,34 @@ from kvstore.client import ClientConfig, KvClient
 from kvstore.clock import Clock, SystemClock
 from kvstore.codecs import Codec, Profile
 from kvstore.errors import CapacityError, DeadlineError, InvalidInputError
-from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
 from services.model import fingerprint
 
-from .admission import Admission
 from .base import Delta, Engine, GenerateSpec, ModelInfo
 from .config import EngineConfig
 from .core import Core
 from .cpu import ROW_PRODUCTS
-from .job import Job, Prefix
+from .job import Job, Preempted, Prefix
+from .live import LiveKV, LivePool, affordable_tokens
 from .loading import Loaded, load
+from .naming import BlockNames
+from .prefixes import LivePrefixes
 from .presses import PRESSES, create_press
+from .presses.base import Press
 from .rates import Rates
 from .reader import StoreReader
 from .remembered import machine, remembered_shapes
 from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler
-from .shapes import find_shapes, warm_up
+from .seating import Seating
+from .shapes import find_shapes, pages_needed, warm_up
 from .textstream import TextStream
 from .warm import ready_codec
 from .writer import BlockWriter
 
 #: Requests that may fetch their blocks and then wait for a slot, beyond those that run.
 FETCH_AHEAD = 2
-#: Longest answer that room is made for at once; longer ones grow.
-ROOM_TOKENS = 512
 #: Time that `stop` gives to encoding and to publishing, each.
 FLUSH_S = 5.0
 log = logging.getLogger(__name__)
@@ -98,11 +99,12 @@ class TransformersEngine(Engine):
             self._client = self._store if not isinstance(self._store, ClientConfig) else KvClient(self._store, self.metrics, self._clock)
             await self._client.start()
             self._reader = StoreReader(
-                self._client, codec, digest, config.block_tokens, self._workers, self._rates, self.metrics, self._clock, self._unknown
+                self._client, codec, config.block_tokens, self._workers, self._rates, self.metrics, self._clock, self._unknown
             )
-        tokens = config.max_live_tokens or config.max_batch * self._loaded.context_window
-        self._admission = Admission(config.max_batch + FETCH_AHEAD, tokens // config.block_tokens)
-        self._core = self._build_core(codec)
+        prefixes = LivePrefixes(self._runner.pool.pages)
+        names = BlockNames(layout, digest, config.block_tokens)
+        self._seating = Seating(self._runner.pool, prefixes, names, self._reader, config.max_batch + FETCH_AHEAD)
+        self._core = self._build_core(codec, prefixes)
         self._core.start()
 
     def _prepare(self) -> tuple[Loaded, Runner, str, float]:
@@ -111,7 +113,11 @@ class TransformersEngine(Engine):
         if config.threads:
             torch.set_num_threads(config.threads)
         loaded = load(config)
-        runner = Runner(loaded.model, loaded.layout, config.block_tokens, config.device)
+        device, size = torch.device(config.device), config.block_tokens
+        room = config.max_live_tokens or min(config.max_batch * loaded.context_window, affordable_tokens(loaded.layout, device))
+        if not config.max_live_tokens:
+            loaded = replace(loaded, context_window=min(loaded.context_window, room))
+        runner = Runner(loaded.model, LivePool(loaded.layout, max(1, room // size), size, device))
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
         tiles = {min(most, config.busy_prefill_tiles), most}
         digest = fingerprint(Path(config.model))
@@ -119,13 +125,14 @@ class TransformersEngine(Engine):
             "model": digest, "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
             "batch": str(config.max_batch), "products": ROW_PRODUCTS,
         }  # fmt: skip
-        find = partial(find_shapes, runner, loaded.vocab_size, tiles, config.max_batch, self._clock)
+        probe = Runner(loaded.model, LivePool(loaded.layout, pages_needed(tiles, config.max_batch), size, device))
+        find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
-            warm_up(runner, loaded.vocab_size)
+            warm_up(probe, loaded.vocab_size)
         return loaded, runner, digest, rate
 
-    def _build_core(self, codec: Codec) -> Core:
+    def _build_core(self, codec: Codec, prefixes: LivePrefixes) -> Core:
         config, shapes, loop = self.config, self._runner.shapes, asyncio.get_running_loop()
         writer = None
         if self._client is not None:
@@ -136,7 +143,7 @@ class TransformersEngine(Engine):
 
             writer = BlockWriter(codec, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
         scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
-        return Core(self._runner, scheduler, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
+        return Core(self._runner, scheduler, prefixes, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
 
     async def use_profile(self, profile: Profile, codec: str, options: dict[str, Any], *, write: bool) -> None:
         made = await asyncio.to_thread(ready_codec, codec, self.info.layout, profile, options, self.config)
@@ -175,60 +182,50 @@ class TransformersEngine(Engine):
     async def generate(self, spec: GenerateSpec) -> AsyncIterator[Delta]:
         arrived = self._clock.now()
         self._check(spec)
-        press = create_press(spec.press, spec.kv_tokens)
-        if press is not None and self._limit(spec) <= press.budget:
-            press = None  # nothing will ever have to go
         limit = self.config.max_batch + self.config.max_queue
         if self._active >= limit:
             raise CapacityError(f"{limit} requests are running or waiting already; try again later")
         if self._stopped:
             raise CapacityError("the engine is stopping; send the request to another worker")
         self._active += 1
-        id_ = f"{next(self._ids)}"
+        stream = Stream(asyncio.get_running_loop())
+        job = self._job(spec, stream, arrived)
         try:
-            async with contextlib.AsyncExitStack() as held:
-                async with _until(spec, self._clock):
-                    await held.enter_async_context(self._admission.room(self._blocks(spec)))
-                    prefix = await self._prefix(spec, max(1, press.queries) if press else 1)
-                stream = Stream(asyncio.get_running_loop())
-                self._core.submit(self._job(id_, spec, prefix, stream, press, arrived))
-                reason = ""
-                while not reason:
+            reason = ""
+            while not reason:  # once, and again after each preemption
+                async with contextlib.AsyncExitStack() as held:
+                    job.press = self._press(spec)
                     async with _until(spec, self._clock):
-                        delta = await stream.next()
-                    reason = delta.finish_reason
-                    yield delta
+                        await held.enter_async_context(self._seating.seat(job))
+                    self._core.submit(job)
+                    with contextlib.suppress(Preempted):
+                        while not reason:
+                            async with _until(spec, self._clock):
+                                delta = await stream.next()
+                            reason = delta.finish_reason
+                            yield delta
         finally:
             self._active -= 1
-            self._core.cancel(id_)
+            self._core.cancel(job.id)
 
     def _limit(self, spec: GenerateSpec) -> int:
         """Tokens of prompt and answer at most."""
         return min(len(spec.tokens) + spec.sampling.max_new_tokens, self.info.context_window)
 
-    def _blocks(self, spec: GenerateSpec) -> int:
-        """Blocks of live KV that the request can come to hold; a press bounds them only once the prompt has been computed."""
-        blocks = -(-self._limit(spec) // self.config.block_tokens)
-        if blocks > self._admission.total_blocks:
-            most = self._admission.total_blocks * self.config.block_tokens
-            raise InvalidInputError(f"{self._limit(spec)} tokens of prompt and answer are more than this worker's {most}; ask for less")
-        return blocks
-
-    async def _prefix(self, spec: GenerateSpec, compute: int) -> Prefix:
-        limit = self._limit(spec)
-        kv = self._runner.new_kv(min(limit, len(spec.tokens) + ROOM_TOKENS), limit)
-        return await self._reader.read(spec, kv, compute) if self._reader else Prefix(kv)
-
-    def _job(self, id_: str, spec: GenerateSpec, prefix: Prefix, stream: Stream, press: Any, arrived: float) -> Job:
-        seed = spec.sampling.seed
-        text = TextStream(self._loaded.tokenizer, spec.sampling.stop)
-        cached = prefix.tokens // self.config.block_tokens
+    def _job(self, spec: GenerateSpec, stream: Stream, arrived: float) -> Job:
+        seed, number = spec.sampling.seed, next(self._ids)
+        press = self._press(spec)
         return Job(
-            id=id_, spec=spec, prefix=prefix, text=text, sink=stream.push, arrived=arrived, press=press,
+            id=f"{number}", order=number, spec=spec, prefix=Prefix(LiveKV(self._runner.pool)), sink=stream.push, arrived=arrived,
+            text=TextStream(self._loaded.tokenizer, spec.sampling.stop), compute=max(1, press.queries) if press else 1,
             sampler=Sampler(spec.sampling, self._clock.rng.getrandbits(64) if seed is None else seed),
             max_new_tokens=min(spec.sampling.max_new_tokens, self.info.context_window - len(spec.tokens)),
-            published=prefix.tokens, parent=prefix.keys[cached - 1] if cached else NO_PARENT,
         )  # fmt: skip
+
+    def _press(self, spec: GenerateSpec) -> Press | None:
+        """A new press for the request; None where it would never have to drop anything."""
+        press = create_press(spec.press, spec.kv_tokens)
+        return None if press is None or self._limit(spec) <= press.budget else press
 
     def _check(self, spec: GenerateSpec) -> None:
         """What would break the model; the wire's checks are the caller's."""
@@ -239,6 +236,9 @@ class TransformersEngine(Engine):
             raise InvalidInputError(f"the prompt has {len(spec.tokens)} tokens; with room for an answer at most {window - 1} fit")
         if min(spec.tokens) < 0 or max(spec.tokens) >= vocabulary:
             raise InvalidInputError(f"the prompt has tokens outside the vocabulary; ids go from 0 to {vocabulary - 1}")
+        most = self._runner.pool.pages.total * self.config.block_tokens
+        if self._limit(spec) > most:
+            raise InvalidInputError(f"{self._limit(spec)} tokens of prompt and answer are more than this worker's {most}; ask for less")
         if spec.sampling.max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens must be at least 1, not {spec.sampling.max_new_tokens}")
 

@@ -2,7 +2,7 @@
 
 The model's thread offers finished blocks and calls `work` between its steps, so encoding never runs beside the model and slows it
 (on few cores two thread pools at once cost far more than their sum); `due` bounds the share of time that it takes from running
-requests. Nothing is copied: a block's K and V are never written again, and the views keep their memory alive.
+requests. Nothing is copied: a block's K and V are never written again, and its page is held until it is encoded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvstore.codecs import Codec
 from kvstore.errors import ConcertinaError
 from kvstore.metrics import Metrics
 
-from .live import LiveKV
+from .live import LivePool
 
 #: Blocks encoded in one go when nobody waits for the model, and while requests run.
 IDLE_BLOCKS, BUSY_BLOCKS = 4, 1
@@ -30,12 +30,13 @@ Deliver = Callable[[Sequence[EncodedBlock], int], None]
 
 @dataclass(slots=True)
 class Chain:
-    """Consecutive blocks of one request: K and V [B, L, H, T, D], the first at position `start`.
+    """Consecutive blocks of one request, in `pages` of `pool`, the first at position `start`.
 
     `keys` has one key a block, after that of the block before the first.
     """
 
-    kv: LiveKV
+    pool: LivePool
+    pages: Sequence[int]
     start: int
     tokens: Sequence[int]
     keys: Sequence[bytes]
@@ -62,7 +63,7 @@ class BlockWriter:
     def __init__(self, codec: Codec, deliver: Deliver, limit: int, share: float, metrics: Metrics, clock: Clock) -> None:
         self.codec, self._deliver, self._limit, self._share = codec, deliver, limit, share
         self._metrics, self._clock = metrics, clock
-        self._queue: deque[tuple[Chain, tuple, int]] = deque()
+        self._queue: deque[tuple[Chain, int]] = deque()
         self._not_before = 0.0
 
     def __len__(self) -> int:
@@ -74,8 +75,8 @@ class BlockWriter:
         taken = max(0, min(count, self._limit - len(self._queue)))
         if taken < count:
             self._metrics.publish_dropped.labels(reason="encode_full").inc(count - taken)
-        views = chain.kv.blocks(chain.start, count)
-        self._queue.extend((chain, views, i) for i in range(taken))
+        chain.pool.pages.share(chain.pages[:taken])
+        self._queue.extend((chain, i) for i in range(taken))
 
     def due(self) -> bool:
         """Whether encoding may take time from running requests now."""
@@ -83,29 +84,31 @@ class BlockWriter:
 
     def work(self, busy: bool) -> None:
         """Encode a few blocks and deliver them."""
-        chain, views, first = self._queue[0]
+        chain, first = self._queue[0]
         count = 0
         while count < (BUSY_BLOCKS if busy else IDLE_BLOCKS) and self._queue and self._queue[0][0] is chain:
             self._queue.popleft()
             count += 1
         began = self._clock.now()
         try:
-            blocks = self._encode(chain, views, first, count)
+            blocks = self._encode(chain, first, count)
         except ConcertinaError as error:
             # Such as NaN in the cache: the request has its answer, the store simply does not get the block.
             log.warning("%d blocks could not be encoded: %s", count, error)
             self._metrics.publish_dropped.labels(reason="encode_failed").inc(count)
             return
+        finally:
+            chain.pool.pages.give(chain.pages[first : first + count])
         seconds = self._clock.now() - began
         self._not_before = began + seconds / self._share
         self._metrics.encode_seconds.labels(codec=self.codec.name).observe(seconds)
         self._deliver(blocks, chain.input_tokens)
 
-    def _encode(self, chain: Chain, views: tuple, first: int, count: int) -> list[EncodedBlock]:
-        size = chain.kv.block_tokens
-        span = slice(first, first + count)
+    def _encode(self, chain: Chain, first: int, count: int) -> list[EncodedBlock]:
+        size = chain.pool.block_tokens
+        keys, values = chain.pool.blocks(chain.pages[first : first + count])
         starts = [chain.start + (first + i) * size for i in range(count)]
         tokens = [chain.tokens[(first + i) * size : (first + i + 1) * size] for i in range(count)]
-        encoded = self.codec.encode(views[0][span], views[1][span], start=starts, tokens=tokens)
+        encoded = self.codec.encode(keys, values, start=starts, tokens=tokens)
         named = zip(encoded, chain.keys[first : first + count], chain.keys[first + 1 : first + count + 1], strict=True)
         return [block.with_identity(key, chain.namespace, parent, chain.provenance) for block, parent, key in named]

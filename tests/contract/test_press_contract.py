@@ -10,7 +10,7 @@ import torch
 from kvstore.errors import InvalidInputError
 from kvstore.layout import KVLayout
 from services.engine.base import CacheMode
-from services.engine.live import LiveKV
+from services.engine.live import LiveKV, LivePool
 from services.engine.presses import PRESSES, create_press
 from tests.engine_support import MemoryStore, answer, make_model, prompt, published, running, spec
 
@@ -30,9 +30,10 @@ def windowed(tmp_path_factory):
 def cache(press, length: int) -> LiveKV:
     """A cache of random K and V whose tokens' queries the press has seen."""
     generator = torch.Generator().manual_seed(0)
-    kv = LiveKV(LAYOUT, length, length, 16, torch.device("cpu"))
-    kv.k_LHTD.normal_(generator=generator)
-    kv.v_LHTD.normal_(generator=generator)
+    kv = LiveKV(LivePool(LAYOUT, 64, 16, torch.device("cpu")))
+    kv.pool.k_LHPTD.normal_(generator=generator)
+    kv.pool.v_LHPTD.normal_(generator=generator)
+    kv.reserve(length)
     kv.length = length
     for layer in range(LAYOUT.layers):
         press.see(layer, torch.randn(2, 3, length, 8, generator=generator), kv, length, 0.35, None)
@@ -48,10 +49,11 @@ def test_a_press_keeps_its_budget_and_leaves_room(name, budget, over):
     places = press.keep(kv, room)
     assert places.shape == (2, 2, budget - room)
     assert (places.diff(dim=-1) > 0).all() and places.min() >= 0 and places.max() < budget + over
-    k = kv.k_LHTD.clone()
+    k = kv.keys().clone()
     kv.keep(places)
     assert kv.length == budget - room and torch.equal(kv.positions_LHT, places)
-    assert torch.equal(kv.k_LHTD[1, 1, : kv.length], k[1, 1, places[1, 1]])
+    assert torch.equal(kv.keys(), k.gather(2, places[..., None].expand(-1, -1, -1, 8)))
+    assert kv.pool.pages.free == 64 - -(-kv.length // 16) and kv.pool.pages.check()
 
 
 @pytest.mark.parametrize("name", PRESSES)

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from kvstore.layout import KVLayout
 from services.engine.cpu.products import RowLinear, use_row_products
-from services.engine.cpu.tokens import attend_tokens, can_attend, places
-from services.engine.live import LiveKV
+from services.engine.cpu.tokens import Batch, can_attend
+from services.engine.live import LiveKV, LivePool
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -60,42 +60,46 @@ def test_only_linear_layers_that_can_be_are_replaced():
     assert [type(m) for m in (model[0], model[1][0], model[2])] == [RowLinear, nn.Linear, nn.Embedding]
 
 
-def cache(layout: KVLayout, length: int) -> LiveKV:
-    kv = LiveKV(layout, length + 1, length + 1, 16, torch.device("cpu"))
-    kv.k_LHTD.normal_()
-    kv.v_LHTD.normal_()
-    kv.length = length
-    return kv
+def caches(layout: KVLayout, lengths: list[int]) -> list[LiveKV]:
+    """Caches of random K and V with room for one token more; their pages lie apart, the first cache's backwards."""
+    pool = LivePool(layout, 40, 16, torch.device("cpu"))
+    pool.k_LHPTD.normal_()
+    pool.v_LHPTD.normal_()
+    made = []
+    for length in lengths:
+        kv = LiveKV(pool)
+        kv.reserve(length + 1)
+        kv.length = length
+        made.append(kv)
+    made[0].page_ids.reverse()
+    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_of_tokens_is_that_of_torch_and_each_is_alone(dtype, window):
-    layout = KVLayout(2, 3, 16, dtype)
-    caches = [cache(layout, n) for n in (0, 1, 39, 40, 130)]
-    at = places([(kv, kv.length) for kv in caches])
-    query = torch.randn(1, len(caches), 6, 16, dtype=dtype).transpose(1, 2)
-    key, value = (torch.randn(1, 3, len(caches), 16, dtype=dtype) for _ in range(2))
-    out = attend_tokens(at, 1, query, key, value, 0.3, window)
-    for row, kv in enumerate(caches):
-        stop = kv.length + 1
-        assert torch.equal(kv.k_LHTD[1, :, stop - 1], key[0, :, row]) and torch.equal(kv.v_LHTD[1, :, stop - 1], value[0, :, row])
-        first = max(0, stop - window) if window else 0
-        k, v = kv.k_LHTD[1:2, :, first:stop].float(), kv.v_LHTD[1:2, :, first:stop].float()
+    batch = [(kv, kv.length) for kv in caches(KVLayout(2, 3, 16, dtype), [130, 0, 1, 39, 40])]
+    query = torch.randn(1, len(batch), 6, 16, dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(1, 3, len(batch), 16, dtype=dtype) for _ in range(2))
+    out = Batch(batch).attend(1, query, key, value, 0.3, window)
+    for row, (kv, at) in enumerate(batch):
+        k, v = kv.layer(1, at + 1)
+        assert torch.equal(k[:, at], key[0, :, row]) and torch.equal(v[:, at], value[0, :, row])
+        first = max(0, at + 1 - window) if window else 0
         packed = query[:, :, row].reshape(1, 3, 2, 16).float()
-        want = functional.scaled_dot_product_attention(packed, k, v, scale=0.3).reshape(6, 16)
-        torch.testing.assert_close(out[row].float(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-        alone = attend_tokens(at[row : row + 1], 1, *(x[:, :, row : row + 1] for x in (query, key, value)), 0.3, window)
+        want = functional.scaled_dot_product_attention(packed, k[None, :, first:].float(), v[None, :, first:].float(), scale=0.3)
+        torch.testing.assert_close(out[row].float(), want.reshape(6, 16), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        alone = Batch(batch[row : row + 1]).attend(1, *(x[:, :, row : row + 1] for x in (query, key, value)), 0.3, window)
         assert torch.equal(alone[0], out[row])
 
 
 def test_rows_of_padding_are_zero():
-    kv = cache(KVLayout(1, 2, 8, torch.float32), 5)
+    [kv] = caches(KVLayout(1, 2, 8, torch.float32), [5])
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    out = attend_tokens(places([(kv, 5)]), 0, query, key, key, 1.0, None)
+    out = Batch([(kv, 5)]).attend(0, query, key, key, 1.0, None)
     assert out.shape == (3, 4, 8) and out[0].abs().sum() > 0 and not out[1:].any()
 
 
-def test_float16_and_other_devices_are_left_to_torch():
-    assert can_attend(cache(KVLayout(1, 1, 8, torch.float32), 1))
-    assert not can_attend(cache(KVLayout(1, 1, 8, torch.float16), 1))
+def test_float16_is_left_to_torch():
+    assert can_attend(caches(KVLayout(1, 1, 8, torch.float32), [1])[0].pool)
+    assert not can_attend(caches(KVLayout(1, 1, 8, torch.float16), [1])[0].pool)

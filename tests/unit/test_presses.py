@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvstore.layout import KVLayout
-from services.engine.live import LiveKV
+from services.engine.live import LiveKV, LivePool
 from services.engine.presses import create_press
 
 HEADS, GROUPS, TOKENS, DIM = 2, 3, 80, 8
@@ -14,8 +14,9 @@ HEADS, GROUPS, TOKENS, DIM = 2, 3, 80, 8
 
 @pytest.fixture
 def kv():
-    cache = LiveKV(KVLayout(1, HEADS, DIM, torch.float32), TOKENS, TOKENS, 16, torch.device("cpu"))
-    cache.k_LHTD.normal_(generator=torch.Generator().manual_seed(1))
+    cache = LiveKV(LivePool(KVLayout(1, HEADS, DIM, torch.float32), 16, 16, torch.device("cpu")))
+    cache.pool.k_LHPTD.normal_(generator=torch.Generator().manual_seed(1))
+    cache.reserve(TOKENS)
     cache.length = TOKENS
     return cache
 
@@ -27,7 +28,7 @@ def q_HGTD():
 
 def attention(kv, q_HGTD) -> torch.Tensor:
     """Causal attention weights [H, G, T, T] of all queries."""
-    logits = torch.einsum("hgtd,hsd->hgts", q_HGTD, kv.k_LHTD[0]) * 0.5
+    logits = torch.einsum("hgtd,hsd->hgts", q_HGTD, kv.keys()[0]) * 0.5
     return logits.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), float("-inf")).softmax(-1)
 
 
@@ -49,7 +50,7 @@ def test_sliding_window_keeps_sinks_and_the_most_recent(kv, q_HGTD):
 
 def test_knorm_keeps_the_smallest_keys_of_each_head(kv, q_HGTD):
     for head, places in enumerate(kept("knorm", kv, q_HGTD)):
-        assert set(places) == best(-kv.k_LHTD[0, head].norm(dim=-1), 38)
+        assert set(places) == best(-kv.keys()[0, head].norm(dim=-1), 38)
 
 
 def test_h2o_keeps_the_recent_half_and_the_largest_sums_of_attention(kv, q_HGTD):

@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import overload
 
-from services.engine.live import LiveKV
+from services.engine.live import LiveKV, LivePool
 
 from .elements import JIT, float32_at, float_of_bits, uint16_at
 
@@ -56,94 +56,127 @@ def _value_of(element):
 
 
 @njit(fastmath=_REORDER, **JIT)
-def _attend_head(q_GD, k_new_D, v_new_D, k_SD, v_SD, out_GD, scale, first):
-    """Append one token to one head's K and V, and attend from it to the tokens from `first` on."""
-    stop, dim = k_SD.shape
-    groups = len(q_GD)
-    weights_GS = np.empty((groups, stop - first), np.float32)
-    totals_G = np.empty(groups, np.float32)
-    for d in range(dim):
-        k_SD[stop - 1, d], v_SD[stop - 1, d] = k_new_D[d], v_new_D[d]
-    for s in range(first, stop):
-        for g in range(groups):
+def _logits(q_GD, k_TD, start, stop, scale, out_GS, at):
+    """out[:, at…] of the tokens from `start` to `stop` of a page."""
+    for t in range(start, stop):
+        for g in range(len(q_GD)):
             logit = np.float32(0)
-            for d in range(dim):
-                logit += q_GD[g, d] * _value(k_SD[s, d])
-            weights_GS[g, s - first] = logit * scale
-    for g in range(groups):
-        weights, peak, total = weights_GS[g], np.float32(-np.inf), np.float32(0)
-        for s in range(len(weights)):
-            peak = max(peak, weights[s])
-        for s in range(len(weights)):
-            weights[s] = _exp(weights[s] - peak)
-            total += weights[s]
-        totals_G[g] = total
-    out_GD[:] = 0
-    for s in range(first, stop):
-        for g in range(groups):
-            weight = weights_GS[g, s - first]
-            for d in range(dim):
-                out_GD[g, d] += weight * _value(v_SD[s, d])
-    for g in range(groups):
-        for d in range(dim):
-            out_GD[g, d] /= totals_G[g]
+            for d in range(k_TD.shape[1]):
+                logit += q_GD[g, d] * _value(k_TD[t, d])
+            out_GS[g, at + t - start] = logit * scale
+
+
+@njit(fastmath=_REORDER, **JIT)
+def _softmax(weights_S):
+    """In place, but for the division by the sum, which is returned."""
+    peak, total = np.float32(-np.inf), np.float32(0)
+    for s in range(len(weights_S)):
+        peak = max(peak, weights_S[s])
+    for s in range(len(weights_S)):
+        weights_S[s] = _exp(weights_S[s] - peak)
+        total += weights_S[s]
+    return total
+
+
+@njit(fastmath=_REORDER, **JIT)
+def _mix(weights_GS, at, v_TD, start, stop, out_GD):
+    """Add the values of the tokens from `start` to `stop` of a page."""
+    for t in range(start, stop):
+        for g in range(len(out_GD)):
+            weight = weights_GS[g, at + t - start]
+            for d in range(v_TD.shape[1]):
+                out_GD[g, d] += weight * _value(v_TD[t, d])
+
+
+@njit(**JIT)
+def _span(page, size, first, stop):
+    """Of the tokens from `first` to `stop` of a cache: those in page number `page`, by their places in it, and how many come before."""
+    start = max(first - page * size, 0)
+    return start, min(stop - page * size, size), page * size + start - first
 
 
 @njit(parallel=True, **JIT)
-def _attend(q_NHGD, k_new, v_new, out_NHGD, places, layer, size_bytes, scale, window):
-    """All heads of all tokens; `k_new` and `v_new` are addresses of [N, H, D], `places` are rows of `place`."""
-    count, heads, _, dim = q_NHGD.shape
+def _attend(q_NHGD, out_NHGD, k_base, v_base, tables, stops, size, page_stride, size_bytes, scale, window):
+    """All heads of all tokens; the bases are addresses of K and V [H, P, T, D] of one layer, `page_stride` is a head's in bytes."""
+    count, heads, groups, dim = q_NHGD.shape
     for item in prange(count * heads):
         n, head = item // heads, item % heads
-        stop = places[n, 4] + 1
+        stop = stops[n]
         first = max(0, stop - window) if window else 0
-        offset = (layer * places[n, 2] + head * places[n, 3]) * size_bytes
-        new = item * dim * size_bytes
         q, out = q_NHGD[n, head], out_NHGD[n, head]
-        if size_bytes == 4:
-            k, v = carray(float32_at(places[n, 0] + offset), (stop, dim)), carray(float32_at(places[n, 1] + offset), (stop, dim))
-            k_row, v_row = carray(float32_at(k_new + new), (dim,)), carray(float32_at(v_new + new), (dim,))
-            _attend_head(q, k_row, v_row, k, v, out, scale, first)
-        else:
-            k2, v2 = carray(uint16_at(places[n, 0] + offset), (stop, dim)), carray(uint16_at(places[n, 1] + offset), (stop, dim))
-            k2_row, v2_row = carray(uint16_at(k_new + new), (dim,)), carray(uint16_at(v_new + new), (dim,))
-            _attend_head(q, k2_row, v2_row, k2, v2, out, scale, first)
+        weights = np.empty((groups, stop - first), np.float32)
+        for page in range(first // size, (stop - 1) // size + 1):
+            start, end, at = _span(page, size, first, stop)
+            address = k_base + head * page_stride + tables[n, page] * size * dim * size_bytes
+            if size_bytes == 4:
+                _logits(q, carray(float32_at(address), (size, dim)), start, end, scale, weights, at)
+            else:
+                _logits(q, carray(uint16_at(address), (size, dim)), start, end, scale, weights, at)
+        out[:] = 0
+        totals = np.empty(groups, np.float32)
+        for g in range(groups):
+            totals[g] = _softmax(weights[g])
+        for page in range(first // size, (stop - 1) // size + 1):
+            start, end, at = _span(page, size, first, stop)
+            address = v_base + head * page_stride + tables[n, page] * size * dim * size_bytes
+            if size_bytes == 4:
+                _mix(weights, at, carray(float32_at(address), (size, dim)), start, end, out)
+            else:
+                _mix(weights, at, carray(uint16_at(address), (size, dim)), start, end, out)
+        for g in range(groups):
+            for d in range(dim):
+                out[g, d] /= totals[g]
 
 
-def can_attend(kv: LiveKV) -> bool:
-    """Whether caches of this kind can be attended to here: on the CPU, in float32 or bfloat16."""
-    return kv.device.type == "cpu" and kv.layout.dtype in (torch.float32, torch.bfloat16)
+def can_attend(pool: LivePool) -> bool:
+    """Whether such caches can be attended to here: on the CPU, in float32 or bfloat16."""
+    return pool.device.type == "cpu" and pool.layout.dtype in (torch.float32, torch.bfloat16)
 
 
-def places(caches: Sequence[tuple[LiveKV, int]]) -> np.ndarray:
-    """What `attend_tokens` needs of caches and the place of each one's new token: addresses of K and V, strides of layer and head."""
-    return np.array([(kv.k_LHTD.data_ptr(), kv.v_LHTD.data_ptr(), *kv.k_LHTD.stride()[:2], at) for kv, at in caches], np.int64)
-
-
-def attend_tokens(
-    places: np.ndarray, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    """Append the tokens' K and V of one layer to their caches, and attend.
+class Batch:
+    """Where the caches of a batch's tokens lie: one token each, which goes to the place `at` of its cache.
 
     Parameters
     ----------
-    places : array [N, 5]
-        Of `places`. Rows of the batch beyond N are padding.
-    query : Tensor [1, Q, rows, D]
-    key, value : Tensor [1, H, rows, D]
-
-    Returns
-    -------
-    Tensor [rows, Q, D], the query's dtype; 0 in rows of padding.
+    caches : sequence of (LiveKV, int)
+        Of one pool, with room for the token.
     """
-    heads, rows, dim = key.shape[1:]
-    count = len(places)
-    q_NQD = query[0].transpose(0, 1).to(torch.float32).contiguous()
-    k_NHD, v_NHD = key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous()
-    out = torch.empty_like(q_NQD) if rows == count else torch.zeros_like(q_NQD)
-    shape = (rows, heads, -1, dim)
-    _attend(
-        q_NQD.view(shape)[:count].numpy(), k_NHD.data_ptr(), v_NHD.data_ptr(), out.view(shape).numpy(), places, layer, key.itemsize,
-        np.float32(scale), window or 0,
-    )  # fmt: skip
-    return out.to(query.dtype)
+
+    def __init__(self, caches: Sequence[tuple[LiveKV, int]]) -> None:
+        self._pool = pool = caches[0][0].pool
+        self._tables = np.zeros((len(caches), max(len(kv.page_ids) for kv, _ in caches)), np.int64)
+        for row, (kv, _) in enumerate(caches):
+            self._tables[row, : len(kv.page_ids)] = kv.page_ids
+        self._stops = np.array([at + 1 for _, at in caches], np.int64)
+        last = [(kv.page_ids[at // pool.block_tokens], at % pool.block_tokens) for kv, at in caches]
+        self._pages, self._places = (torch.tensor(x) for x in zip(*last, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._stops)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:  # fmt: skip
+        """Add the tokens' K and V of one layer to their caches, and attend.
+
+        Parameters
+        ----------
+        query : Tensor [1, Q, rows, D]
+        key, value : Tensor [1, H, rows, D]
+            Rows beyond the batch are padding.
+
+        Returns
+        -------
+        Tensor [rows, Q, D], the query's dtype; 0 in rows of padding.
+        """
+        count, pool = len(self), self._pool
+        k, v = pool.k_LHPTD[layer], pool.v_LHPTD[layer]
+        k[:, self._pages, self._places], v[:, self._pages, self._places] = key[0, :, :count], value[0, :, :count]
+        q_NQD = query[0].transpose(0, 1).to(torch.float32).contiguous()
+        out = torch.empty_like(q_NQD) if query.shape[2] == count else torch.zeros_like(q_NQD)
+        shape = (query.shape[2], key.shape[1], -1, key.shape[3])
+        _attend(
+            q_NQD.view(shape)[:count].numpy(), out.view(shape)[:count].numpy(), k.data_ptr(), v.data_ptr(), self._tables, self._stops,
+            pool.block_tokens, k.stride(0) * k.itemsize, k.itemsize, np.float32(scale), window or 0,
+        )  # fmt: skip
+        return out.to(query.dtype)

@@ -57,7 +57,7 @@ class Press(ABC):
         """
         count = max(1, min(kv.length, self.budget - room))
         if count == kv.length:
-            kept = torch.arange(count, device=kv.device).expand(*kv.k_LHTD.shape[:2], count)
+            kept = torch.arange(count, device=kv.device).expand(kv.layout.layers, kv.layout.kv_heads, count)
         else:
             kept = self.scores(kv).topk(count, dim=-1).indices.sort(dim=-1).values
         self.kept(kept)

@@ -34,7 +34,7 @@ class H2o(Press):
         self._sums_HT[layer] = sums
 
     def scores(self, kv: LiveKV) -> torch.Tensor:
-        sums_LHT = torch.stack([self._sums_HT[layer] for layer in range(kv.k_LHTD.shape[0])])
+        sums_LHT = torch.stack([self._sums_HT[layer] for layer in range(kv.layout.layers)])
         sums_LHT[..., -(self.budget // 2) :] = MUST_STAY
         return sums_LHT
 

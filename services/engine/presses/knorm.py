@@ -19,4 +19,4 @@ class KNorm(Press):
     name = "knorm"
 
     def scores(self, kv: LiveKV) -> torch.Tensor:
-        return -torch.linalg.vector_norm(kv.k_LHTD[:, :, : kv.length], dim=-1, dtype=torch.float32)
+        return -torch.linalg.vector_norm(kv.keys(), dim=-1, dtype=torch.float32)

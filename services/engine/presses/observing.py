@@ -16,7 +16,7 @@ from .base import Press
 
 def weights(layer: int, q_HGTD: torch.Tensor, kv: LiveKV, stop: int, scale: float, window: int | None) -> torch.Tensor:
     """Attention [H, G, T, stop], float32, of the queries of the last T places before `stop`."""
-    logits = q_HGTD.float() @ kv.k_LHTD[layer, :, None, :stop].float().mT * scale
+    logits = q_HGTD.float() @ kv.layer(layer, stop)[0][:, None].float().mT * scale
     hidden = kv.hidden(layer, q_HGTD.shape[2], stop, window)
     return logits.masked_fill_(hidden[:, None], float("-inf")).softmax(-1)
 

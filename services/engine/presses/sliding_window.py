@@ -24,4 +24,4 @@ class SlidingWindow(Press):
     def scores(self, kv: LiveKV) -> torch.Tensor:
         recency = torch.arange(kv.length, dtype=torch.float32, device=kv.device)
         recency[:SINK_TOKENS] = MUST_STAY
-        return recency.expand(*kv.k_LHTD.shape[:2], kv.length)
+        return recency.expand(kv.layout.layers, kv.layout.kv_heads, kv.length)

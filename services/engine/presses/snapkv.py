@@ -27,7 +27,7 @@ class SnapKv(RecentQueries):
     queries = WINDOW
 
     def scores(self, kv: LiveKV) -> torch.Tensor:
-        votes_LHT = torch.stack([self.attention(layer, kv).mean((1, 2)) for layer in range(kv.k_LHTD.shape[0])])
+        votes_LHT = torch.stack([self.attention(layer, kv).mean((1, 2)) for layer in range(kv.layout.layers)])
         pooled = functional.avg_pool1d(votes_LHT, POOL, stride=1, padding=POOL // 2, count_include_pad=False)
         pooled[..., -min(WINDOW, self.budget // 2) :] = MUST_STAY
         return pooled

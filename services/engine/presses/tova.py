@@ -20,6 +20,6 @@ class Tova(RecentQueries):
     queries = 1
 
     def scores(self, kv: LiveKV) -> torch.Tensor:
-        layers, heads = kv.k_LHTD.shape[:2]
+        layers, heads = kv.layout.layers, kv.layout.kv_heads
         mean_LT = torch.stack([self.attention(layer, kv).mean((0, 1, 2)) for layer in range(layers)])
         return mean_LT[:, None].expand(layers, heads, kv.length)
