@@ -81,6 +81,7 @@ class Cluster:
         config = NodeConfig(
             listen=address or f"{place}:7000", arena=self.knobs.pages * PAGE_BYTES, page_bytes=PAGE_BYTES, policy=self.knobs.policy,
             id=place, max_leases=8, get_hold_s=2.0, put_timeout_s=3.0, get_timeout_s=3.0, drain_s=0.5,
+            spill_host_bytes=self.knobs.spill,
         )  # fmt: skip
         node = SimNode(config, metadata(self.backend, host, 0.8), clock, self.node_metrics, serve)
         node.host = host
@@ -149,6 +150,7 @@ class Cluster:
         node, history = member.node, self.history
         try:
             node.engine.check()
+            node.spill.check()
         except AccountingError as error:
             history.violation(f"the account of {member.host} is wrong: {error}")
         now = node.engine.clock.now()

@@ -19,6 +19,8 @@ class Knobs:
         Pages of each node's arena.
     policy : str
         Eviction policy of all nodes.
+    spill : int
+        Bytes of the tier behind each arena; 0 for none.
     busy_s : float
         How long clients work and faults happen; then all is healed and must come to rest.
     latency_s, spike_s, spike : float
@@ -37,6 +39,7 @@ class Knobs:
     clients: int
     pages: int
     policy: str
+    spill: int
     busy_s: float
     latency_s: float
     spike_s: float
@@ -56,6 +59,7 @@ def draw(seed: int) -> Knobs:
         clients=rng.randint(1, 2),
         pages=rng.choice((16, 24, 48)),
         policy=rng.choice([name for name in names() if name != "opt"]),
+        spill=rng.choice((0, 0, 20_000)),
         busy_s=rng.uniform(2, 6),
         latency_s=rng.choice((0.0005, 0.003, 0.02)),
         spike_s=rng.choice((0.1, 0.4, 1.5)),

@@ -9,6 +9,8 @@ from typing import Any
 
 #: The host on which the running task lives; tasks inherit it from whoever made them.
 HOST: ContextVar[str] = ContextVar("host", default="world")
+#: What is given to a thread is done after so long.
+THREAD_S = 0.0003
 #: So many turns without the time moving mean that something spins.
 MAX_TURNS_AT_REST = 200_000
 
@@ -42,13 +44,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return []
 
     def run_in_executor(self, executor: Any, func: Callable, *args: Any) -> asyncio.Future:
-        """Run `func` at once: threads would bring back the machine's own order."""
+        """Run `func` a moment later, whole: a thread's work lies between the steps of others, in the order of asking."""
         future = self.create_future()
+        self.call_later(THREAD_S, self._run_now, future, func, args)
+        return future
+
+    @staticmethod
+    def _run_now(future: asyncio.Future, func: Callable, args: tuple) -> None:
+        if future.cancelled():
+            return
         try:
             future.set_result(func(*args))
         except Exception as error:  # noqa: BLE001 - handed on to whoever awaits it
             future.set_exception(error)
-        return future
 
     def kill(self, host: str) -> None:
         """End all tasks of a host, as a crash would; what they await is cancelled."""
