@@ -70,7 +70,7 @@ class EngineConfig:
     max_live_tokens: int = 0
     max_context: int = 0
     prefill_tiles: int = 4
-    busy_prefill_tiles: int = 2
+    busy_prefill_tiles: int = 1
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0
     always_fetch: bool = False
