@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from services.plot import line_plot
+
 from .base import Result, log
 from .workload import Answer, ask_together, percentile, system, text_prompts
 
@@ -163,6 +165,15 @@ def _vllm(result: Result, model: Any, python: str | None, batches: tuple[int, ..
         result.rows.append({"who": "vllm", **row})
         ours = statistics.median(result.samples[f"engine.{row['requests']}.decode_tokens_per_s"])
         result.ratios[f"engine_to_vllm.{row['requests']}.decode_tokens_per_s"] = ours / row["decode_tokens_per_s"]
+
+
+def plot(result: Result) -> str:
+    """Decoded tokens a second over the number of requests, as an SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in result.rows:
+        if "decode_tokens_per_s" in row:
+            series.setdefault(row["who"], []).append((row["requests"], row["decode_tokens_per_s"]))
+    return line_plot(series, title="Decode throughput", x_label="requests at once", y_label="tokens/s", log_x=True, log_y=True)
 
 
 def render(result: Result) -> str:

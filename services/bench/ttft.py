@@ -23,6 +23,7 @@ from kvstore.layout import KVLayout
 from services.engine.base import CacheMode
 from services.engine.config import EngineConfig
 from services.engine.transformers_engine import TransformersEngine
+from services.plot import line_plot
 
 from .base import Result, log
 from .workload import Answer, ask, ask_together, percentile, summary_ms, system, text_prompts
@@ -240,6 +241,16 @@ def _break_even(result: Result, name: str) -> float | None:
             return length if before is None else before[0] + (length - before[0]) * -before[1] / (lead - before[1])
         before = (length, lead)
     return None
+
+
+def plot(result: Result) -> str:
+    """Cold and warm over the length, as an SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in result.rows:
+        if "tokens" in row:
+            series.setdefault(row["contestant"], []).append((row["tokens"], row["median_ms"]))
+    title = "Time to first token"
+    return line_plot(series, title=title, x_label="prompt tokens that can come from the store", y_label="ms", log_x=True, log_y=True)
 
 
 def render(result: Result) -> str:

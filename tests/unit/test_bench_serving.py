@@ -61,7 +61,7 @@ def test_break_even_lies_between_the_lengths(warm, expected):
     assert result.ratios["int8.local.100.cold_to_warm"] == pytest.approx(20 / warm[100])
     assert result.ratios["mixed.p95_warm_to_cold"] == pytest.approx(0.2)
     assert result.ratios["stream.longest_gap_to_median"] == 3 and result.ratios["stream.longest_gap_to_median_of_all"] == 6
-    assert "int8.local" in ttft.render(result) and json.dumps(result.samples)
+    assert "int8.local" in ttft.render(result) and ttft.plot(result).startswith("<svg") and json.dumps(result.samples)
 
 
 class Refusal(grpc.RpcError):
