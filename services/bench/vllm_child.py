@@ -12,6 +12,8 @@ from typing import Any
 
 TIMEOUT_S = 300
 SEED = 0
+#: Memory of its KV cache, in GiB; and no look at a hub for a model that is a directory here.
+SETTINGS = ("VLLM_CPU_KVCACHE_SPACE=2", "HF_HUB_OFFLINE=1", "VLLM_LOGGING_LEVEL=ERROR")
 
 
 def measure(model: Path, python: str | None, batches: tuple[int, ...], prompt_tokens: int, new: int) -> dict[str, Any]:
@@ -19,10 +21,13 @@ def measure(model: Path, python: str | None, batches: tuple[int, ...], prompt_to
     if python is None and importlib.util.find_spec("vllm") is None:
         return {"absent": "not installed here; name a Python that has it with --vllm-python"}
     asked = {"model": str(model), "batches": batches, "prompt_tokens": prompt_tokens, "new": new}
-    command = [python or sys.executable, __file__, json.dumps(asked)]
+    # -P: the modules beside this one are no part of that environment.
+    command = ["env", *SETTINGS, python or sys.executable, "-P", __file__, json.dumps(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
         return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        return {"absent": f"did not run: {error.stderr.strip().splitlines()[-1:]}"}
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return {"absent": f"did not run: {error}"}
 
