@@ -83,7 +83,7 @@ class Drain(Fault):
 class Stop(Fault):
     """SIGSTOP in the middle of what `load` does, then SIGCONT."""
 
-    def __init__(self, load: str, lasts_s: float = 0.5, way: str = "grpc") -> None:
+    def __init__(self, load: str, lasts_s: float = 0.9, way: str = "grpc") -> None:
         self.load, self.way = load, way
         self.lasts_s = lasts_s
 

@@ -128,8 +128,9 @@ class System:
         await self.redis_proxy.start()
         for i in range(self._count):
             await self.start_node(f"node-{i}")
-        self._doors = patch("kvstore.client.doors.open_door", self.open_door)
-        self._doors.start()
+        self._patches = [patch("kvstore.client.doors.open_door", self.open_door), patch("kvstore.client.doors.SHUT_S", 0.2)]
+        for one in self._patches:
+            one.start()
         config = ClientConfig(redis_url=self.redis_url, **CLIENT)
         self.clients["grpc"] = KvClient(config, transport=ProxiedTransport(self))
         for way in ("tcp", "local"):
@@ -140,7 +141,8 @@ class System:
     async def stop(self) -> None:
         for client in self.clients.values():
             await client.close()
-        self._doors.stop()
+        for one in self._patches:
+            one.stop()
         for name in list(self.nodes):
             await self.kill_node(name)
         await self.redis_proxy.stop()
