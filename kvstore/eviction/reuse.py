@@ -10,6 +10,7 @@ the moment it looks past a pause.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
@@ -52,9 +53,9 @@ class ReuseModel:
         self._forgotten = np.zeros(shape)
         self._ends = np.zeros(shape)
         self._others = np.zeros((2, *shape))
-        self._new_uses = [[0] * shape[1] for _ in groups]
-        self._new_forgotten = [[0] * shape[1] for _ in groups]
-        self.values: list[list[float]] = [[1.0 / (edge + 1.0) for edge in EDGES_S] for _ in groups]
+        self._new_uses = [array("I", bytes(4 * shape[1])) for _ in groups]
+        self._new_forgotten = [array("I", bytes(4 * shape[1])) for _ in groups]
+        self.values = [array("d", [1.0 / (edge + 1.0) for edge in EDGES_S]) for _ in groups]
 
     def used(self, cls: int, age_s: float, blocks: int = 1) -> None:
         """`blocks` blocks of class `cls` were used at this age."""
@@ -71,7 +72,7 @@ class ReuseModel:
             total *= self.memory
             total += new
             for row in new:
-                row[:] = [0] * len(row)
+                row[:] = array("I", bytes(4 * len(row)))
         self._ends = self._uses + self._forgotten + waiting
         uses, ends = self._others + np.stack((self._uses, self._ends))
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
@@ -83,8 +84,7 @@ class ReuseModel:
             base = (uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
             prior_s = prior_uses / base
             hazard[of] = (uses[of] + prior_uses) / (exposure_s[of] + prior_s)
-        self.values = gittins(hazard).tolist()
-
+        self.values = [array("d", row.tobytes()) for row in gittins(hazard)]
 
     def lessons(self) -> bytes:
         """Own counts at the last `learn`, for the models of other nodes: uses and ends, float32, ``[2, class, bucket]``."""

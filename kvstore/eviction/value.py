@@ -1,9 +1,9 @@
 """The default: evict or demote what loses the least expected value, learnt online from the traffic itself.
 
 Value of a step = Gittins index of the block's reuse class at its age (`reuse`) x loss per byte of its next step (`ladder`). The class is
-what can be seen of a block: how often it was used, the turn of the conversation that used it last, the length of the prompt. A
-partial tail is a class of its own: the next turn rewrites it. Blocks that left are remembered for a while (`ghosts`), so that
-the learning also sees what came back too late.
+what can be seen of a block: how often it was used, the turn of the conversation that used it last, the pause before that turn, the
+length of the prompt. A partial tail is a class of its own: the next turn rewrites it. Blocks that left are remembered for a while
+(`ghosts`), so that the learning also sees what came back too late.
 """
 
 from __future__ import annotations
@@ -22,11 +22,20 @@ from .ghosts import Ghosts
 from .reuse import EDGES_S, ReuseModel
 from .table import NONE, BlockTable
 
-_PARTIAL = 48
+#: Bounds between classes. Seconds that a conversation paused before its turn: a program, a person who reads, one who went away.
+_PAUSES_S = (15.0, 60.0)
+_LENGTHS_TOKENS = (2048, 8192)
+_TURNS, _USES = (3, 6), (2, 3, 5)
+#: Turns and pauses: the first turn has no pause.
+_SITUATIONS = 1 + (len(_TURNS) + 1) * (len(_PAUSES_S) + 1)
+_WIDTH = _SITUATIONS * (len(_LENGTHS_TOKENS) + 1)
+_PARTIAL = (len(_USES) + 1) * _WIDTH
 #: Group of like classes, by class: how often used, and the partial tails.
-_GROUPS = [cls // 12 for cls in range(_PARTIAL)] + [4]
+_GROUPS = [cls // _WIDTH for cls in range(_PARTIAL)] + [len(_USES) + 1]
 #: First class of a block's number of uses.
-_OF_USES = bytes(0 if uses < 2 else 12 if uses == 2 else 24 if uses < 5 else 36 for uses in range(256))
+_OF_USES = [_WIDTH * bisect_right(_USES, uses) for uses in range(256)]
+#: The first rounds of learning come sooner: after so many requests, then each time there are a quarter more.
+_FIRST_ROUND = 10
 #: A block that ever had this many children is a shared root: what follows it is a new conversation.
 _SHARED_CHILDREN = 4
 _RUNGS = 16
@@ -45,7 +54,7 @@ class ValuePolicy(EvictionPolicy):
         Parameters
         ----------
         learn_requests : int
-            Requests between two rounds of learning; more where requests use fewer than eight blocks.
+            Requests between two rounds of learning, fewer at the start.
         ghosts_per_block : float
             Blocks remembered after they left, for each resident block.
         memory : float
@@ -60,7 +69,7 @@ class ValuePolicy(EvictionPolicy):
         super().__init__(config)
         self.table = BlockTable()
         self.model = ReuseModel(_GROUPS, memory=self.config.memory)
-        self.model.values[_PARTIAL] = [value * 1e-3 for value in self.model.values[_PARTIAL]]
+        self.model.values[_PARTIAL] = array("d", [value * 1e-3 for value in self.model.values[_PARTIAL]])
         self._used_at = array("d")
         self._class = bytearray()
         self._uses = bytearray()
@@ -68,25 +77,29 @@ class ValuePolicy(EvictionPolicy):
         self._fan = bytearray()
         self._ghosts = Ghosts(self.config.ghosts_per_block)
         self._candidates = Candidates(self._price, self._used_at)
-        self._requests = self._touched = 0
+        self._requests = self._touched = self._all_requests = 0
         self._seq: int | None = None
-        self._request_turn = 0
+        self._base: int | None = None  # class of the request under way for blocks used once
+        self._turn_now = 1
         self._now = 0.0
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         self._now = now = max(request.now, self._now)
         if request.seq != self._seq:
-            self._seq, self._request_turn = request.seq, 0
+            self._seq, self._base = request.seq, None
             self._requests += 1
+            self._all_requests += 1
         if not blocks:
             return
         slots, known = self._enter(blocks, now)
-        before = slots[known - 1] if known else self.table.parent[slots[0]]
-        turn = self._request_turn = self._next_turn(before, bool(known))
-        self._mark_new(slots, known, turn)
-        self._classify(request, blocks, slots, turn, now)
+        # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: all is said already.
+        if known or self._base is None:
+            before = slots[known - 1] if known else self.table.parent[slots[0]]
+            self._turn_now, self._base = self._situation(before, request.input_tokens, now)
+        self._mark_new(slots, known, self._turn_now)
+        self._classify(blocks, slots, self._base, now)
         self._touched += len(blocks)
-        if self._requests >= self.config.learn_requests and self._touched >= 8 * self.config.learn_requests:
+        if self._is_round_due():
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
@@ -100,8 +113,10 @@ class ValuePolicy(EvictionPolicy):
         ghost = self._ghosts.find(block.id)
         count = 1 if ghost is None else min((ghost[0] >> 8 & 0xFF) + 1, 255)
         parent = NONE if block.parent is None else self.table.find(block.parent)
-        turn = self._request_turn if request.seq == self._seq and self._request_turn else self._next_turn(parent, True)
-        cls = _PARTIAL if count == 1 and block.partial else _base_class(turn, request.input_tokens) + _OF_USES[count]
+        base = self._base if request.seq == self._seq else None
+        if base is None:
+            _, base = self._situation(parent, request.input_tokens, max(request.now, self._now))
+        cls = _PARTIAL if count == 1 and block.partial else base + _OF_USES[count]
         return self.model.values[cls][0] * self.table.steps.first(block.sizes, block.losses).loss
 
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
@@ -188,17 +203,15 @@ class ValuePolicy(EvictionPolicy):
             column.extend(bytes(missing))
         self._candidates.reserve(self.table.slots)
 
-    def _next_turn(self, before: int, known: bool) -> int:
-        """The turn of the request, from the slot of the last block before its new ones, -1 for none.
-
-        A request may come in several parts. If a part begins with new blocks (`known` is False) and the request's turn stands already,
-        the block before may be one that the request itself has just inserted, and the turn is not counted again.
-        """
-        if not known and self._request_turn:
-            return self._request_turn
+    def _situation(self, before: int, input_tokens: int, now: float) -> tuple[int, int]:
+        """Turn and class of a request, from the slot of the last block before its new ones, -1 for none."""
+        length = bisect_right(_LENGTHS_TOKENS, input_tokens)
         if before < 0 or not self.table.resident[before] or self._fan[before] >= _SHARED_CHILDREN:
-            return 1
-        return min(self._turn[before] + 1, 255)
+            return 1, length
+        turn = min(self._turn[before] + 1, 255)
+        pause = bisect_right(_PAUSES_S, now - self._used_at[before])
+        situation = 1 + bisect_right(_TURNS, turn) * (len(_PAUSES_S) + 1) + pause
+        return turn, situation * (len(_LENGTHS_TOKENS) + 1) + length
 
     def _mark_new(self, slots: list[int], known: int, turn: int) -> None:
         for slot in slots[known:]:
@@ -207,8 +220,7 @@ class ValuePolicy(EvictionPolicy):
             if parent >= 0 and self._fan[parent] < 255:
                 self._fan[parent] += 1
 
-    def _classify(self, request: Request, blocks: Sequence[BlockInfo], slots: list[int], turn: int, now: float) -> None:
-        base = _base_class(turn, request.input_tokens)
+    def _classify(self, blocks: Sequence[BlockInfo], slots: list[int], base: int, now: float) -> None:
         uses, classes, used_at = self._uses, self._class, self._used_at
         for index in range(len(slots) - 1, -1, -1):
             slot = slots[index]
@@ -239,6 +251,10 @@ class ValuePolicy(EvictionPolicy):
         index = self.model.values[self._class[slot]][bisect_right(EDGES_S, age_s) - 1]
         return index * table.steps.rows[table.shape[slot]][table.rung[slot]].loss * _DEPTH_SCALE / (_DEPTH_SCALE + table.depth[slot])
 
+    def _is_round_due(self) -> bool:
+        requests = min(self.config.learn_requests, max(_FIRST_ROUND, self._all_requests // 4))
+        return self._requests >= requests and self._touched >= 8 * _FIRST_ROUND
+
     def _learn(self, now: float) -> None:
         self.model.learn(self._waiting(now), self._requests)
         self._requests = self._touched = 0
@@ -257,9 +273,3 @@ class ValuePolicy(EvictionPolicy):
                 age = np.searchsorted(EDGES_S, np.maximum(now - used_at, 0.0), side="right") - 1
                 waiting += np.bincount(cls.astype(np.int64) * shape[1] + age, minlength=len(waiting)) * (count / len(cls))
         return waiting.reshape(shape)
-
-
-def _base_class(turn: int, input_tokens: int) -> int:
-    """Class of a block used once, by the turn and the prompt's length."""
-    turns = 0 if turn == 1 else 1 if turn == 2 else 2 if turn < 6 else 3
-    return 3 * turns + (0 if input_tokens < 2048 else 1 if input_tokens < 8192 else 2)
