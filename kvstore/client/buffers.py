@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
-#: Smaller ones are not worth keeping.
-MIN_KEPT_BYTES = 32 << 10
+#: Several small blocks that arrive together share a buffer of this size.
+SHARED_BYTES = 4 << 20
 
 
 class Buffers:
@@ -25,10 +25,8 @@ class Buffers:
         self._keep_bytes = keep_bytes
         self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
 
-    def take(self, size_bytes: int) -> np.ndarray:
-        """A buffer, uint8 [size_bytes], of whatever content."""
-        if size_bytes < MIN_KEPT_BYTES:
-            return np.empty(size_bytes, np.uint8)
+    def take(self, size_bytes: int) -> memoryview:
+        """A buffer of `size_bytes` bytes, of whatever content."""
         room = _room(size_bytes)
         try:
             whole = self._free[room].pop()
@@ -37,7 +35,7 @@ class Buffers:
             whole = np.empty(room, np.uint8)
         view = whole[:size_bytes]
         weakref.finalize(view, self._give_back, whole).atexit = False
-        return view
+        return memoryview(view)  # parts of it keep the view alive; a part of an array would only keep `whole`
 
     def trim(self) -> None:
         """Free what is kept."""
@@ -48,6 +46,23 @@ class Buffers:
         if self.kept_bytes + len(whole) <= self._keep_bytes:
             self.kept_bytes += len(whole)
             self._free[len(whole)].append(whole)
+
+
+class Carver:
+    """Buffers for one reader, one block after the other."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._rest = memoryview(b"")
+
+    def take(self, size_bytes: int) -> memoryview:
+        """A buffer of `size_bytes` bytes, of whatever content."""
+        if size_bytes > SHARED_BYTES // 4:
+            return self._buffers.take(size_bytes)
+        if size_bytes > len(self._rest):
+            self._rest = self._buffers.take(SHARED_BYTES)
+        part, self._rest = self._rest[:size_bytes], self._rest[size_bytes:]
+        return part
 
 
 def _room(size_bytes: int) -> int:

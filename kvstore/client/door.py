@@ -22,12 +22,12 @@ from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
-from .buffers import Buffers
+from .buffers import Buffers, Carver
 
 #: Bytes copied and then checked while the processor's cache still holds them.
 PIECE_BYTES = 256 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
-FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 4 << 20, 64 << 20
+FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 1 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
 MAX_IOV = 512
 OK = 1
@@ -81,7 +81,7 @@ class Door:
         """
         self._deadline = time.monotonic() + timeout_s
         way = self._read_stream if self._arena is None else self._read_shared
-        return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, buffers)
+        return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -97,30 +97,46 @@ class Door:
 
     # ---- shared memory
 
-    def _read_shared(
-        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, buffers: Buffers
-    ) -> int:
-        batches = _batches(sizes)
-        first, stop = next(batches)
-        self._send([door.message(Kind.PLAN, tokens, *keys[first:stop])])
-        while True:
+    def _read_shared(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
+        batches = list(_batches(sizes))  # the node is asked for the next one while this one is copied
+        self._send([self._ask(keys, tokens, batch) for batch in batches[:2]])
+        copied: list[tuple[int, EncodedBlock]] = []
+        taken, damage = 0, ""
+        for number, (first, stop) in enumerate(batches):
             answer = self._receive(Kind.PLANNED)
-            copied, damage = self._copy_all(first, stop, answer, accept, buffers)
+            before, (copied, damage) = copied, self._copy_all(first, stop, answer, accept, memory)
             done = door.message(Kind.DONE, bytes(answer[: door.NUMBER.size]))
-            following = next(batches, None) if len(copied) == stop - first else None
-            ask = [] if following is None else [door.message(Kind.PLAN, tokens, *keys[following[0] : following[1]])]
-            self._send([done, *ask])
-            intact = bytes(self._receive(Kind.INTACT))
-            good = copied[: _leading(intact, len(copied))]
-            take(good)
-            if damage and len(good) == len(copied):
-                raise CorruptBlockError(damage)
-            if following is None or len(good) < len(copied):
-                return first + len(good)
-            first, stop = following
+            self._send([done, *(self._ask(keys, tokens, batch) for batch in batches[number + 2 : number + 3])])
+            if number:
+                taken += self._confirm(before, take)
+            whole = taken + len(copied) == stop
+            if not whole or number + 1 == len(batches):
+                break
+        if taken == first:
+            taken += self._confirm(copied, take, behind=number + 1 < len(batches))
+        if taken < len(keys):
+            self.close()  # what is still to come on it is not wanted
+        if damage and taken == first + len(copied):
+            raise CorruptBlockError(damage)
+        return taken
+
+    @staticmethod
+    def _ask(keys: Sequence[bytes], tokens: bytes, batch: tuple[int, int]) -> bytes:
+        return door.message(Kind.PLAN, tokens, *keys[batch[0] : batch[1]])
+
+    def _confirm(self, copied: list[tuple[int, EncodedBlock]], take: Take, behind: bool = False) -> int:
+        """Hand on the leading blocks that were still theirs when they had been copied. Returns their number.
+
+        `behind` says that the answer comes after that to a later plan, which is not wanted any more.
+        """
+        if behind:
+            self._receive(Kind.PLANNED)
+        sound = _leading(bytes(self._receive(Kind.INTACT)), len(copied))
+        take(copied[:sound])
+        return sound
 
     def _copy_all(
-        self, first: int, stop: int, answer: memoryview, accept: Accept, buffers: Buffers
+        self, first: int, stop: int, answer: memoryview, accept: Accept, memory: Carver
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
         """The leading blocks of a plan that are there and accepted, and what is wrong with the next one, if it is damaged."""
         copied: list[tuple[int, EncodedBlock]] = []
@@ -129,15 +145,17 @@ class Door:
                 header = BlockHeader.from_bytes(header_bytes)
                 if not accept(number, header):
                     break
-                copied.append((number, self._copy(header, iter(runs), buffers)))
+                copied.append((number, self._copy(header, iter(runs), memory)))
         except CorruptBlockError as error:
             return copied, str(error)
         return copied, ""
 
-    def _copy(self, header: BlockHeader, runs: Iterator[tuple[int, int]], buffers: Buffers) -> EncodedBlock:
+    def _copy(self, header: BlockHeader, runs: Iterator[tuple[int, int]], memory: Carver) -> EncodedBlock:
         """One block out of the arena, every layer's CRC compared."""
-        arena, whole = self._arena, buffers.take(header.payload_bytes)
-        view, at, parts = memoryview(whole), 0, []
+        if not header.payload_bytes:
+            raise CorruptBlockError("a block without payload came through the door")
+        arena, view = self._arena, memory.take(header.payload_bytes)
+        whole, at, parts = np.frombuffer(view, np.uint8), 0, []
         for number, row in enumerate(header.rows[: header.present], 1):
             start, crc = at, 0
             while at - start < row.size_bytes:
@@ -156,9 +174,7 @@ class Door:
 
     # ---- over the connection
 
-    def _read_stream(
-        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, buffers: Buffers
-    ) -> int:
+    def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         self._send([door.message(Kind.GET, tokens, *keys)])
         for number in range(len(keys)):
             answer = self._receive(Kind.BLOCK)
@@ -167,7 +183,7 @@ class Door:
             header = BlockHeader.from_bytes(answer[1:])
             if not accept(number, header):
                 return self._leave(number)
-            payload = memoryview(buffers.take(header.payload_bytes))
+            payload = memory.take(header.payload_bytes)
             self._fill(payload)
             mark = memoryview(bytearray(1))
             self._fill(mark)
