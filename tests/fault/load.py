@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable
 from typing import Any
 
@@ -30,6 +31,7 @@ class Load:
         self.known: dict[bytes, EncodedBlock] = {}
         self.prompts: list[list[bytes]] = []
         self.pins: dict[bytes, str] = {}  # key -> incarnation of the node that acknowledged its pin
+        self._held: deque[list[EncodedBlock]] = deque(maxlen=6)  # kept by their reader while others arrive
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, kind: str) -> None:
@@ -45,6 +47,9 @@ class Load:
         for result in await asyncio.gather(*self._tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 self.outcome.blame("unhealthy", f"the client raised {result!r}")
+        for block in (block for blocks in self._held for block in blocks):
+            if not is_one_of(block, self.known):
+                self.outcome.blame("wrong", "a block that was right when it came has changed since")
         await self._timed("flush", FLUSH_S, self.system.client.flush(FLUSH_S))
 
     async def write(self, blocks: int) -> list[bytes]:
@@ -64,6 +69,7 @@ class Load:
         for at, block in enumerate(fetched.blocks):
             if block.header.key != keys[at] or not is_one_of(block, self.known):
                 self.outcome.blame("wrong", "a block has bytes that nobody wrote under its key")
+        self._held.append(fetched.blocks)
         self.outcome.served += len(fetched.blocks)
         self.outcome.missed += len(keys) - len(fetched.blocks)
         return len(fetched.blocks)

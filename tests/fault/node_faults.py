@@ -157,7 +157,7 @@ class Crowd(Fault):
 
 
 class FlipArena(Fault):
-    """Bits change in the node's memory, under the readers."""
+    """Bits change in the memory of all nodes, under the readers."""
 
     load = "get"
     damages = True
@@ -166,7 +166,8 @@ class FlipArena(Fault):
         self.way = way
 
     async def inject(self, system: System) -> None:
-        await asyncio.to_thread(_flip, system.nodes[VICTIM].pid, 200)
+        for node in system.nodes.values():
+            await asyncio.to_thread(_flip, node.pid, 200)
 
 
 class FullOfPins(Fault):
