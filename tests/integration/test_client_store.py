@@ -178,7 +178,7 @@ async def test_a_node_killed_in_the_middle_of_a_get_leaves_a_whole_prefix(valkey
         fetched = await asyncio.wait_for(client.fetch(hits, namespace=NAMESPACE, deadline_s=5, on_block=kill), 10)
         assert 2 <= len(fetched.blocks) < 24
         assert [b.to_bytes() for b in fetched.blocks] == [b.to_bytes() for b in blocks[: len(fetched.blocks)]]
-        assert await client.lookup(keys) == []  # left alone at once; dead for everybody when its last beat is 3 s old
+        assert await client.lookup(keys) == []  # left alone at once; dead for everybody when its last beat is 2.25 s old
         await until(client.metadata.nodes, lambda nodes: not nodes)
         await until(lambda: client.lookup(keys), lambda hits: not hits)
 
