@@ -31,7 +31,8 @@ def spill_levels(config: NodeConfig, clock: Clock, changed: Callable[[bytes], No
     if config.spill_host_bytes:
         levels.append(Level(create("memory"), config.spill_host_bytes, config.spill_queue_bytes, clock, changed))
     if config.spill:
-        levels.append(Level(create("disk", directory=config.spill), config.spill_bytes, config.spill_queue_bytes, clock, changed))
+        disk = create("disk", directory=config.spill, capacity_bytes=config.spill_bytes)
+        levels.append(Level(disk, config.spill_bytes, config.spill_queue_bytes, clock, changed))
     return levels
 
 

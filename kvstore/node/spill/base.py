@@ -13,17 +13,21 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Survivor(NamedTuple):
-    """A blob that an earlier process left: its id, its size, and its first bytes (at least those of the record's head)."""
+    """A blob that an earlier process left: its id, its size, and its first bytes: the record's head, or nothing where it cannot be read."""
 
     id: bytes
     size_bytes: int
-    head: bytes
+    head: Buffer
 
 
 class SpillTier(ABC):
     """One place for blobs. `store` and `drop` are called one at a time and in order; `load` may run beside them."""
 
     name: ClassVar[str]
+
+    def cost(self, size_bytes: int) -> int:
+        """Bytes of the capacity that a blob of `size_bytes` takes."""
+        return size_bytes
 
     @abstractmethod
     def store(self, id: bytes, pieces: Sequence[Buffer]) -> None:

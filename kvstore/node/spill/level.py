@@ -1,6 +1,6 @@
 """One tier with its index, its bound and its queue. Lives on the event loop; what blocks runs in threads, writes in one, in order.
 
-The law: the sizes of the entries add up to `used_bytes`, which never passes `capacity_bytes`; as a victim's removal is queued before
+The law: what the entries cost adds up to `used_bytes`, which never passes `capacity_bytes`; as a victim's removal is queued before
 the write that it makes room for, neither does what is on the disk. A block whose write has not ended is read from memory.
 """
 
@@ -76,7 +76,7 @@ class Level:
     ----------
     tier : SpillTier
     capacity_bytes : int
-        Records that may be held, by their sizes.
+        Records that may be held, by what they cost.
     queue_bytes : int
         Records that may wait to be written; a block that comes on top is not spilled.
     clock : Clock
@@ -101,15 +101,17 @@ class Level:
         self._writing: dict[bytes, Sequence[Buffer]] = {}
         self._jobs: set[asyncio.Future[None]] = set()
         self._paused_until = float("-inf")
+        self._recovering = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="spill-write")
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="spill-read")
 
     def wants(self, id: bytes, owner: str, header: BlockHeader) -> bool:
         """Whether `offer` would take this block now; a block that is no better than the copy here is not wanted."""
-        size = len(record.prefix(owner)) + header.total_bytes
+        size = self.tier.cost(len(record.prefix(owner)) + header.total_bytes)
         if id in self.entries and not is_better(header, self.entries[id].header):
             return False
         for reason, refused in (
+            ("recovering", self._recovering),
             ("too_large", size > self.capacity_bytes),
             ("paused", self._clock.now() < self._paused_until),
             ("queue", self.queued_bytes + size > self.queue_bytes),
@@ -132,7 +134,7 @@ class Level:
         entry = self.entries.pop(id, None)
         if entry is None:
             return False
-        self.used_bytes -= entry.size_bytes
+        self.used_bytes -= self.tier.cost(entry.size_bytes)
         self.aliases.discard(entry.key, id)
         self._policy.removed(id)
         self._writing.pop(id, None)
@@ -147,10 +149,10 @@ class Level:
         try:
             block = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, id, entry, self._writing.get(id))
         except ConcertinaError as error:
-            log.warning("a block that was spilled to %s is a miss: %s", self.tier.name, error)
-            corrupt = isinstance(error, CorruptBlockError)
-            self.tally.corrupt += corrupt
-            if self.entries.get(id) is entry:
+            if self.entries.get(id) is entry:  # else it was dropped or replaced under the reader's hands
+                log.warning("a block that was spilled to %s is a miss: %s", self.tier.name, error)
+                corrupt = isinstance(error, CorruptBlockError)
+                self.tally.corrupt += corrupt
                 self.tally.dropped["corrupt" if corrupt else "unreadable"] += 1
                 self.remove(id)
                 self._changed(entry.key)
@@ -163,12 +165,15 @@ class Level:
     async def recover(self) -> None:
         """Find again what an earlier process left, a slice at a time; what does not fit the capacity any more is removed."""
         survivors, loop = self.tier.survivors(), asyncio.get_running_loop()
+        self._recovering = True  # what is not found yet takes its place all the same
         try:
             while found := await loop.run_in_executor(self._readers, lambda: list(islice(survivors, SLICE_FILES))):
                 for survivor in found:
                     self._recover(survivor)
         except ConcertinaError as error:
             log.warning("what an earlier process spilled to %s is left where it is: %s", self.tier.name, error)
+        finally:
+            self._recovering = False
 
     async def flush(self) -> None:
         """Wait until everything that was queued has been written or has failed."""
@@ -183,7 +188,7 @@ class Level:
 
     def check(self) -> None:
         """Verify the law. Raises AccountingError."""
-        held = sum(entry.size_bytes for entry in self.entries.values())
+        held = sum(self.tier.cost(entry.size_bytes) for entry in self.entries.values())
         if held != self.used_bytes or held > self.capacity_bytes:
             raise AccountingError(f"spilled blocks have {held} bytes, the sum says {self.used_bytes} of {self.capacity_bytes}")
 
@@ -192,7 +197,8 @@ class Level:
     def _add(self, id: bytes, block: Spilled) -> None:
         """Enter a block, in place of another under its id; the least valuable make room."""
         self.remove(id)
-        while self.used_bytes + block.size_bytes > self.capacity_bytes:
+        cost = self.tier.cost(block.size_bytes)
+        while self.used_bytes + cost > self.capacity_bytes:
             victim = self._policy.victim(self._clock.now())
             if victim is None:
                 raise AccountingError("a tier is full and has nothing to give up")
@@ -201,7 +207,7 @@ class Level:
             self.remove(victim.id)
             self._changed(key)
         self.entries[id] = block
-        self.used_bytes += block.size_bytes
+        self.used_bytes += cost
         self.aliases.add(block.key, id)
         self._touch(id, block.header)
 
@@ -224,7 +230,7 @@ class Level:
             self.tally.corrupt += 1
             self._queue(self.tier.drop, id, done=self._removed)
             return
-        if head.size_bytes > self.capacity_bytes:
+        if self.tier.cost(head.size_bytes) > self.capacity_bytes:
             self._queue(self.tier.drop, id, done=self._removed)
             return
         self._add(id, Spilled.of(head.owner, head.header))
