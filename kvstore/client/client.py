@@ -12,6 +12,7 @@ from kvstore.metadata import Metadata, NodeRecord, WorkerRecord, connect
 from kvstore.metrics import Metrics
 
 from .admin import Admin
+from .claims import Claims
 from .config import ClientConfig
 from .copies import HotCopies
 from .doors import Doors
@@ -60,7 +61,10 @@ class KvClient:
         )
         self._lookup = Lookup(self._membership, config.tidy_after_s)
         self._fetcher = Fetcher(self._transport, self._membership, config, self.metrics, clock, self._doors)
-        self._publisher = Publisher(self._transport, self._membership, self._lookup, config, self.metrics, self._doors)
+        self._claims = Claims(self._membership)
+        self._publisher = Publisher(
+            self._transport, self._membership, self._lookup, self._claims, config, self.metrics, self._doors
+        )
         self._copies = HotCopies(clock, config.copy_bytes_per_s)
         self.admin = Admin(self._transport, self._membership, config.rpc_timeout_s)
 
@@ -153,6 +157,13 @@ class KvClient:
             For a block without key and namespace.
         """
         return self._publisher.offer(blocks, input_tokens)
+
+    async def claim(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of these blocks are this client's to encode and publish: those that no other has claimed a moment ago.
+
+        Claims end when `publish` has dealt with the block, or by themselves. Never raises for a store that is away: all are ours then.
+        """
+        return await self._claims.take(keys)
 
     async def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything queued has been written or given up. Returns False when `timeout_s` passed first."""

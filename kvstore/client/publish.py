@@ -20,6 +20,7 @@ from kvstore.metadata import Location, NodeRecord
 from kvstore.metrics import Metrics
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
+from .claims import Claims
 from .config import ClientConfig
 from .doors import Doors
 from .frames import put_messages
@@ -57,6 +58,7 @@ class Publisher:
         transport: Transport,
         membership: Membership,
         lookup: Lookup,
+        claims: Claims,
         config: ClientConfig,
         metrics: Metrics,
         doors: Doors | None = None,
@@ -64,6 +66,7 @@ class Publisher:
         self._transport = transport
         self._membership = membership
         self._lookup = lookup
+        self._claims = claims
         self._config = config
         self._doors = doors
         self._dropped = metrics.publish_dropped
@@ -154,6 +157,7 @@ class Publisher:
             except Exception:  # a fault of ours in one batch must not end publishing for good
                 log.exception("%d blocks are not published", len(batch))
                 self._drop(len(batch), "error")
+            await self._claims.release([item.block.header.key for item in batch])
             self._in_flight = 0
             self._queued_bytes -= sum(item.size_bytes for item in batch)
             self._note()

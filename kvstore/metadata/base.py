@@ -216,6 +216,14 @@ class Metadata(ABC):
         """The value of `name`, or None."""
 
     @abstractmethod
+    async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[bool]:
+        """Claim the writing of blocks for `ttl_s` seconds: which of them nobody else has claimed. One round trip."""
+
+    @abstractmethod
+    async def unclaim(self, keys: Sequence[bytes]) -> None:
+        """Give claims up: the blocks have been written, or will not be."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Give back connections. Safe to call twice."""
 

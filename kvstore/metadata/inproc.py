@@ -35,6 +35,7 @@ class InprocState:
     nodes: dict[str, tuple[float, NodeRecord]] = field(default_factory=dict)
     workers: dict[str, tuple[float, WorkerRecord]] = field(default_factory=dict)
     values: dict[str, tuple[float, bytes]] = field(default_factory=dict)
+    claims: dict[bytes, float] = field(default_factory=dict)
     away: bool = False
     slow: bool = False
 
@@ -123,6 +124,18 @@ class InprocMetadata(Metadata):
     async def get_value(self, name: str) -> bytes | None:
         until, value = self._reach().values.get(name, (math.inf, None))
         return value if until > self.clock.now() else None
+
+    async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[bool]:
+        check_keys(keys)
+        claims, now = self._reach().claims, self.clock.now()
+        free = [claims.get(key, -math.inf) <= now for key in keys]
+        claims.update((key, now + ttl_s) for key, ours in zip(keys, free, strict=True) if ours)
+        return free
+
+    async def unclaim(self, keys: Sequence[bytes]) -> None:
+        check_keys(keys)
+        for key in keys:
+            self._reach().claims.pop(key, None)
 
     async def close(self) -> None:
         """Nothing to give back."""

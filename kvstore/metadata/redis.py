@@ -7,6 +7,7 @@ Keys, with the prefix ``concertina``::
     concertina:n:<incarnation> JSON of NodeRecord, expires by itself     concertina:w:<id>       JSON of WorkerRecord, expires
     concertina:m:<inc>:<i>     one marker on each shard of a cluster, so that a node notices when one shard lost its state
     concertina:v:<name>        small values
+    concertina:c:<block key>   somebody is about to write this block, expires by itself
 
 Holders are packed: 8 bytes of incarnation, size u32, fidelity u8, 13 bytes each, at most four of them. So no value passes 64 bytes
 and, up to 10 million blocks (76 a bucket), Redis keeps every bucket in its compact form (hash-max-listpack-*, ≤ 128 × 64 bytes):
@@ -249,8 +250,21 @@ class RedisMetadata(Metadata):
         (value,) = await self._run([(key, pack("GET", key))])
         return value
 
+    async def claim(self, keys: Sequence[bytes], ttl_s: float) -> list[bool]:
+        check_keys(keys)
+        names, ttl_ms = [self._claim_name(key) for key in keys], max(1, int(ttl_s * 1000))
+        return [reply is not None for reply in await self._run((name, pack("SET", name, b"1", "NX", "PX", ttl_ms)) for name in names)]
+
+    async def unclaim(self, keys: Sequence[bytes]) -> None:
+        check_keys(keys)
+        names = [self._claim_name(key) for key in keys]
+        await self._run((name, pack("DEL", name)) for name in names)
+
     async def close(self) -> None:
         await self.shards.close()
+
+    def _claim_name(self, key: bytes) -> bytes:
+        return b"%s:c:%s" % (self._prefix, key.hex().encode())
 
     def _bucket(self, key: bytes) -> bytes:
         return self._bucket_name(int.from_bytes(key[:4], "big") >> (32 - BUCKET_BITS))

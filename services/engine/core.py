@@ -96,7 +96,7 @@ class Core:
             plan = self._scheduler.plan()
             if plan.prefill or plan.decode:
                 self._step(plan)
-            if self._writer and len(self._writer) and not plan.prefill and (not plan.decode or self._writer.due()):
+            if self._writer is not None and not plan.prefill and self._writer.due(busy=bool(plan.decode)):
                 self._writer.work(busy=bool(plan.decode))
             elif not plan.prefill and not plan.decode:
                 with self._wake:
@@ -106,7 +106,7 @@ class Core:
             self._take_commands()
         for job in list(self._jobs.values()):
             self._end(job, "", [], "cancelled")
-        while self._writer and len(self._writer) and self._clock.now() < self._stopping:
+        while self._writer is not None and len(self._writer) and self._clock.now() < self._stopping:
             self._writer.work(busy=False)
 
     def _take_commands(self) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,10 @@ class TransformersEngine(Engine):
             def deliver(blocks, input_tokens: int) -> None:
                 loop.call_soon_threadsafe(partial(client.publish, blocks, input_tokens=input_tokens))
 
-            writer = BlockWriter(codec, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
+            def claim(keys, answer) -> None:
+                asyncio.run_coroutine_threadsafe(client.claim(keys), loop).add_done_callback(lambda done: answer(_ours(done, len(keys))))
+
+            writer = BlockWriter(codec, claim, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
         scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
         return Core(self._runner, scheduler, prefixes, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
 
@@ -274,6 +277,11 @@ async def _until(spec: GenerateSpec, clock: Clock) -> AsyncIterator[None]:
         if not timeout.expired():
             raise
         raise DeadlineError("the request's deadline passed before its answer was whole") from late
+
+
+def _ours(claimed: Future[list[bool]], count: int) -> list[bool]:
+    """What came of a claim; all, where it could not be made before the loop ended."""
+    return [True] * count if claimed.cancelled() or claimed.exception() else claimed.result()
 
 
 def _template_errors() -> tuple[type[Exception], ...]:

@@ -24,6 +24,8 @@ from .live import LivePool
 IDLE_BLOCKS, BUSY_BLOCKS = 4, 1
 log = logging.getLogger(__name__)
 
+#: Asks which of the blocks with these keys are ours to write, and has the answer given to a function, from any thread.
+Claim = Callable[[Sequence[bytes], Callable[[Sequence[bool]], None]], None]
 #: Takes encoded blocks and the length of the prompt they belong to.
 Deliver = Callable[[Sequence[EncodedBlock], int], None]
 
@@ -43,6 +45,8 @@ class Chain:
     namespace: bytes
     provenance: Provenance
     input_tokens: int
+    #: Which of the blocks nobody else is writing; None until that is known.
+    ours: Sequence[bool] | None = None
 
 
 class BlockWriter:
@@ -52,6 +56,8 @@ class BlockWriter:
     ----------
     codec : Codec
         `codec` may be set to another one between two calls.
+    claim : callable
+        Answers soon; what waits is not encoded before.
     deliver : callable
         Gets the encoded blocks in order; must not block.
     limit : int
@@ -60,8 +66,10 @@ class BlockWriter:
         Most of the time that `due` gives to encoding.
     """
 
-    def __init__(self, codec: Codec, deliver: Deliver, limit: int, share: float, metrics: Metrics, clock: Clock) -> None:
-        self.codec, self._deliver, self._limit, self._share = codec, deliver, limit, share
+    def __init__(
+        self, codec: Codec, claim: Claim, deliver: Deliver, limit: int, share: float, metrics: Metrics, clock: Clock
+    ) -> None:  # fmt: skip
+        self.codec, self._claim, self._deliver, self._limit, self._share = codec, claim, deliver, limit, share
         self._metrics, self._clock = metrics, clock
         self._queue: deque[tuple[Chain, int]] = deque()
         self._not_before = 0.0
@@ -77,16 +85,23 @@ class BlockWriter:
             self._metrics.publish_dropped.labels(reason="encode_full").inc(count - taken)
         chain.pool.pages.share(chain.pages[:taken])
         self._queue.extend((chain, i) for i in range(taken))
+        self._claim(chain.keys[1 : taken + 1], lambda ours: setattr(chain, "ours", ours))
 
-    def due(self) -> bool:
-        """Whether encoding may take time from running requests now."""
-        return bool(self._queue) and self._clock.now() >= self._not_before
+    def due(self, busy: bool) -> bool:
+        """Whether there is something to encode, and with `busy`, whether that may take time from running requests now."""
+        return bool(self._queue) and self._queue[0][0].ours is not None and (not busy or self._clock.now() >= self._not_before)
 
     def work(self, busy: bool) -> None:
-        """Encode a few blocks and deliver them."""
+        """Encode a few blocks and deliver them, or find that somebody else does. May be called before it is `due`."""
         chain, first = self._queue[0]
+        if chain.ours is not None and not chain.ours[first]:
+            self._queue.popleft()
+            chain.pool.pages.give([chain.pages[first]])
+            return
         count = 0
         while count < (BUSY_BLOCKS if busy else IDLE_BLOCKS) and self._queue and self._queue[0][0] is chain:
+            if chain.ours is not None and not chain.ours[first + count]:
+                break
             self._queue.popleft()
             count += 1
         began = self._clock.now()

@@ -165,6 +165,18 @@ async def test_values(metadata):
         await metadata.set_value("", b"x")
 
 
+async def test_one_of_many_gets_a_claim_until_it_is_given_up_or_expires(metadata):
+    first, second, third = keys_of(3)
+    assert await metadata.claim([first, second], 60) == [True, True]
+    assert await metadata.claim([second, third], 0.05) == [False, True]
+    await metadata.unclaim([second])
+    assert await metadata.claim([first, second], 60) == [False, True]
+    await asyncio.sleep(0.1)
+    assert await metadata.claim([third], 60) == [True]
+    with pytest.raises(InvalidInputError):
+        await metadata.claim([b"short"], 1)
+
+
 async def test_an_absent_backend_is_an_error_of_ours_not_a_hang():
     away, slow = InprocMetadata(), InprocMetadata()
     away.state.away, slow.state.slow = True, True
