@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kvstore.errors import ConcertinaError, InvalidInputError
@@ -59,7 +59,8 @@ class Lookup:
     async def _prefix(self, keys: Sequence[bytes]) -> list[Hit]:
         found = await self.locate(keys)
         hits = self._hits(keys, found)
-        strangers = {place.incarnation for places in found for place in places} - self._membership.everyone().keys()
+        different = {id(places): places for places in found}.values()
+        strangers = {place.incarnation for places in different for place in places} - self._membership.everyone().keys()
         if strangers and len(hits) < len(keys) and any(self._membership.stranger_for_s(s) is None for s in strangers):
             # A node that joined since the last read. One that is dead costs this once, then it is a known stranger.
             await self._membership.next_read()
@@ -80,16 +81,16 @@ class Lookup:
 
     def _hits(self, keys: Sequence[bytes], found: Sequence[tuple[Location, ...]]) -> list[Hit]:
         living = self._membership.living()
+        chosen: dict[int, list[tuple[NodeRecord, int, int, int]]] = {}  # a prompt of 2,000 blocks has few different holders
         hits: list[Hit] = []
         for key, places in zip(keys, found, strict=True):
-            alive = [place for place in places if place.incarnation in living]
-            if not alive:
+            copies = chosen.get(id(places))
+            if copies is None:
+                copies = chosen[id(places)] = _best(places, living)
+            if not copies:
                 break
             # Among equally good copies the key decides, so that a chain with copies is read from all nodes.
-            best = max(place.fidelity for place in alive)
-            copies = [place for place in alive if place.fidelity == best]
-            place = copies[key[-1] % len(copies)]
-            hits.append(Hit(key, living[place.incarnation], place.size_bytes, place.fidelity, len(copies)))
+            hits.append(Hit(key, *copies[key[-1] % len(copies)]))
         return hits
 
     def _tidy(self, keys: Sequence[bytes], found: Sequence[tuple[Location, ...]], strangers: set[str]) -> None:
@@ -118,3 +119,11 @@ class Lookup:
         if self._tidying is not None:
             self._tidying.cancel()
             await asyncio.gather(self._tidying, return_exceptions=True)
+
+
+def _best(places: Sequence[Location], living: Mapping[str, NodeRecord]) -> list[tuple[NodeRecord, int, int, int]]:
+    """All of `Hit` but the key, for each copy that no living node has better."""
+    alive = [place for place in places if place.incarnation in living]
+    best = max((place.fidelity for place in alive), default=0)
+    copies = [place for place in alive if place.fidelity == best]
+    return [(living[place.incarnation], place.size_bytes, place.fidelity, len(copies)) for place in copies]

@@ -139,26 +139,30 @@ class RespConnection(asyncio.Protocol):
         self._reader.feed(data)
         self._pending_bytes += len(data)
         try:
-            while self._waiting:
-                reply = self._reader.gets()
-                if reply is False:
-                    break
-                self._pending_bytes = 0
-                self._replies.append(reply)
+            while self._waiting and self._read_replies():
                 self._hand_out()
             if self._pending_bytes > MAX_REPLY_BYTES or (not self._waiting and self._reader.has_data()):
                 raise TransportError("Redis sent more than was asked for")
         except TransportError:
             self.abort()
 
+    def _read_replies(self) -> bool:
+        """Parse what has come for the first in line. Returns whether it is complete."""
+        gets, replies = self._reader.gets, self._replies
+        for _ in range(self._waiting[0][1] - len(replies)):
+            reply = gets()
+            if reply is False:
+                return False
+            replies.append(reply)
+            self._pending_bytes = 0
+        return True
+
     def _hand_out(self) -> None:
-        """Give the first in line its replies once they are complete."""
-        future, count = self._waiting[0]
-        if len(self._replies) == count:
-            self._waiting.popleft()
-            if not future.done():
-                future.set_result(self._replies)
-            self._replies = []
+        """Give the first in line its replies, which are complete."""
+        future, _ = self._waiting.popleft()
+        if not future.done():
+            future.set_result(self._replies)
+        self._replies = []
 
     def _fail(self, error: ConcertinaError) -> None:
         waiting, self._waiting = self._waiting, deque()
