@@ -54,6 +54,9 @@ down: ## end what `make up` started
 test: setup ## all tests that need no GPU
 	$(BIN)/python -m pytest -q -m "not gpu" $(TESTS)
 
+test-gpu: setup ## the tests that need a CUDA device; each is skipped, saying so, where there is none
+	$(BIN)/python -m pytest -q -rs -m gpu tests/gpu
+
 sim: setup ## simulate N clusters on virtual time, seeds SEED and up, on JOBS cores (0: all); what fails is replayed by `make test` for ever
 	$(BIN)/python -m tests.sim --n $(N) --seed $(SEED) --jobs $(JOBS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .scaled import ScaledByteCodec
@@ -14,6 +16,16 @@ class Fp8Codec(ScaledByteCodec):
     wire_id = 5
     worst_error = 1 / 16
     top = 448.0
+
+    @staticmethod
+    def _native_decode() -> Callable[..., bool]:
+        from .kernels import decode_fp8
+
+        return decode_fp8
+
+    @staticmethod
+    def _are_finite(codes: torch.Tensor) -> bool:
+        return not bool(((codes & 0x7F) == 0x7F).any())
 
     @staticmethod
     def _to_codes(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from kvstore.block import Distortion
@@ -22,6 +23,7 @@ from kvstore.errors import CorruptBlockError
 
 from .base import Codec, Coded, Stored, is_finite, relative_error
 from .memory import bytes_of, tensor_from_buffer, wide
+from .parallel import spread
 from .scales import round_down, round_up
 
 #: Of offsets and scales, whatever the cache's dtype: a rotated value may lie outside float16.
@@ -48,29 +50,59 @@ class GroupedCodec(Codec):
             tokens = k_LHTD.shape[2]
             k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
             v_codes = v_codes.flatten(-2)
-            decoded = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD)]
-            self._restore(decoded[0], k_fit, k_codes, k_LHTD[:, :, :exact], by_channel=True)
-            self._restore(decoded[1], v_fit, v_codes, v_LHTD[:, :, :exact], by_channel=False)
+            decoded = [x.clone(memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD)]
+            if tokens > exact:
+                self._restore(decoded[0][:, :, exact:], k_fit, k_codes, by_channel=True)
+                self._restore(decoded[1][:, :, exact:], v_fit, v_codes, by_channel=False)
             errors = relative_error(torch.stack((k_LHTD, v_LHTD)), torch.stack(decoded))
             parts = (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits))
             coded.append(Coded((bytes_of(*parts),), (Distortion(*errors),)))
         return coded
 
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
-        lay = self.layout
-        for block, *outs_LHTD in zip(blocks, k_BLHTD, v_BLHTD, strict=True):
-            exact, rest = _exact_tokens(block.start), block.tokens - _exact_tokens(block.start)
-            sizes = self._section_bytes(block.start, block.tokens)
-            data = tensor_from_buffer(block.layers[0], k_BLHTD.device).view(lay.layers, -1).split(sizes, 1)
+        def one(block_and_outs: tuple[Stored, torch.Tensor, torch.Tensor]) -> None:
+            block, *outs_LHTD = block_and_outs
             for i, out_LHTD in enumerate(outs_LHTD):
-                first = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
-                groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
-                fit = wide(data[2 + i], _FIT_DTYPE, lay.layers, 2, lay.kv_heads, *groups)
-                packed = data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits))
-                codes = unpack(packed, self.bits, lay.head_dim)
-                if rest and not is_finite(fit):
-                    raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
-                self._restore(out_LHTD, fit, codes, first, by_channel=i == 0)
+                self._decode_part(block, i, out_LHTD)
+
+        each = zip(blocks, k_BLHTD, v_BLHTD, strict=True)
+        if k_BLHTD.device.type == "cpu":
+            spread(one, each)
+        else:
+            for block_and_outs in each:
+                one(block_and_outs)
+
+    def _decode_part(self, block: Stored, i: int, out_LHTD: torch.Tensor) -> None:
+        """Decode K (`i` 0) or V (1) of one block."""
+        lay = self.layout
+        exact, rest = _exact_tokens(block.start), block.tokens - _exact_tokens(block.start)
+        sizes = self._section_bytes(block.start, block.tokens)
+        data = tensor_from_buffer(block.layers[0], out_LHTD.device).view(lay.layers, -1).split(sizes, 1)
+        out_LHTD[:, :, :exact] = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
+        if not rest:
+            return
+        groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
+        fit = wide(data[2 + i], _FIT_DTYPE, lay.layers, 2, lay.kv_heads, *groups)
+        if not is_finite(fit):
+            raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
+        if out_LHTD.device.type == "cpu":
+            self._restore_native(out_LHTD[:, :, exact:], fit, block.layers[0], sum(sizes[: 4 + i]), by_channel=i == 0)
+        else:
+            packed = data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits))
+            self._restore(out_LHTD[:, :, exact:], fit, unpack(packed, self.bits, lay.head_dim), by_channel=i == 0)
+
+    def _restore_native(self, out_LHTD: torch.Tensor, fit: torch.Tensor, payload: memoryview, codes_at: int, *, by_channel: bool) -> None:
+        """`_restore` in one native pass, from packed codes that start at `codes_at` in each layer of the payload."""
+        from .floats import elements
+        from .kernels import decode_affine
+
+        dim, largest = self.layout.head_dim, np.float32(torch.finfo(out_LHTD.dtype).max)
+        data = np.frombuffer(payload, np.uint8)
+        size = dim & -dim if self.rotate_values and not by_channel else 1
+        decode_affine(
+            data, len(data) // self.layout.layers, codes_at, fit.float().numpy(), self.group, by_channel, self.bits, size, largest,
+            elements(out_LHTD), out_LHTD.storage_offset(), out_LHTD.stride(), tuple(out_LHTD.shape),
+        )  # fmt: skip
 
     @property
     def _channel_groups(self) -> int:
@@ -110,14 +142,9 @@ class GroupedCodec(Codec):
             codes, best = torch.where(better, new_codes, codes), torch.where(better, error, best)
         return torch.stack((offset, scale), 1).squeeze(-1), codes.to(torch.uint8)
 
-    def _restore(
-        self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, exact_LHAD: torch.Tensor, *, by_channel: bool
-    ) -> None:
-        """Write the exact tokens and offset + scale × code, computed in float32, into `out_LHTD`."""
-        exact, rest, (offset, scale) = exact_LHAD.shape[2], codes_LHTD.shape[2], fit.float().unbind(1)
-        out_LHTD[:, :, :exact] = exact_LHAD
-        if not rest:
-            return
+    def _restore(self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, *, by_channel: bool) -> None:
+        """Write offset + scale × code, computed in float32, into `out_LHTD`."""
+        rest, (offset, scale) = codes_LHTD.shape[2], fit.float().unbind(1)
         if by_channel:
             offset, scale = (t.repeat_interleave(self.group, 2)[:, :, :rest] for t in (offset, scale))
             x = torch.addcmul(offset, codes_LHTD.float(), scale)
@@ -125,7 +152,7 @@ class GroupedCodec(Codec):
             x = torch.addcmul(offset[..., None], codes_LHTD.unflatten(-1, (self._channel_groups, -1)).float(), scale[..., None])
             x = self._rotated(x.flatten(-2))
         largest = torch.finfo(out_LHTD.dtype).max
-        out_LHTD[:, :, exact:] = x.clamp_(-largest, largest)
+        out_LHTD.copy_(x.clamp_(-largest, largest))
 
     def _section_bytes(self, start: int, tokens: int) -> list[int]:
         """Bytes of each part of one model layer, in the payload's order."""

@@ -6,9 +6,11 @@ Payload, for each model layer: scales of K [H, T, G] in 16 bits, scales of V, th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from kvstore.block import Distortion
@@ -16,6 +18,7 @@ from kvstore.errors import CorruptBlockError
 
 from .base import Codec, Coded, Stored, is_finite, relative_error
 from .memory import bytes_of, tensor_from_buffer, wide
+from .parallel import spread
 from .scales import groups_of, largest_scale, round_up, scale_dtype
 
 
@@ -27,6 +30,11 @@ class ScaledByteCodec(Codec):
 
     @staticmethod
     @abstractmethod
+    def _native_decode() -> Callable[..., bool]:
+        """The loop of `kernels` that decodes on the CPU."""
+
+    @staticmethod
+    @abstractmethod
     def _to_codes(x: torch.Tensor) -> torch.Tensor:
         """The nearest code, one byte each, of float32 values within ±`top`."""
 
@@ -34,6 +42,11 @@ class ScaledByteCodec(Codec):
     @abstractmethod
     def _from_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What uint8 `codes` stand for, in a type that multiplies into `dtype` without loss."""
+
+    @staticmethod
+    def _are_finite(codes: torch.Tensor) -> bool:
+        """Whether no uint8 code stands for NaN."""
+        return True
 
     def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
         coded = []
@@ -56,6 +69,29 @@ class ScaledByteCodec(Codec):
         return scale, codes, relative_error(x[None], decoded[None])[0]
 
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        if k_BLHTD.device.type == "cpu":
+            self._decode_native(blocks, k_BLHTD, v_BLHTD)
+        else:
+            self._decode_torch(blocks, k_BLHTD, v_BLHTD)
+
+    def _decode_native(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        from .floats import elements
+
+        dim, groups, decode = self.layout.head_dim, groups_of(self.layout.head_dim), self._native_decode()
+        rows = self.layout.kv_heads * blocks[0].tokens
+        layer_bytes = rows * (2 * dim + 4 * groups)
+        tasks: list[partial[Any]] = []
+        for i, out_BLHTD in enumerate((k_BLHTD, v_BLHTD)):
+            cache = elements(out_BLHTD)
+            places = 2 * rows * groups * i, 4 * rows * groups + rows * dim * i
+            for block, out in zip(blocks, out_BLHTD, strict=True):
+                data = np.frombuffer(block.layers[0], np.uint8)
+                target = cache, out.storage_offset(), out.stride()
+                tasks.append(partial(decode, data, layer_bytes, *places, tuple(out.shape), groups, *target))
+        if not all(spread(lambda task: task(), tasks)):
+            raise CorruptBlockError(f"a number of this {self.name!r} block is not finite")
+
+    def _decode_torch(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
         lay = self.layout
         groups = groups_of(lay.head_dim)
         rows = lay.kv_heads * blocks[0].tokens
@@ -64,8 +100,8 @@ class ScaledByteCodec(Codec):
             data = tensor_from_buffer(block.layers[0], k_BLHTD.device).view(lay.layers, -1)
             scale_bytes, codes = data.split([4 * rows * groups, 2 * rows * lay.head_dim], 1)
             scales = wide(scale_bytes, scale_dtype(lay.dtype), lay.layers, 2, *shape[1:4], 1)
-            if not is_finite(scales):
-                raise CorruptBlockError(f"a scale of this {self.name!r} block is not finite")
+            if not is_finite(scales) or not self._are_finite(codes):
+                raise CorruptBlockError(f"a number of this {self.name!r} block is not finite")
             scales = scales.to(lay.dtype)
             for i, (out_LHTD, part) in enumerate(zip(outs_LHTD, codes.split(rows * lay.head_dim, 1), strict=True)):
                 torch.mul(self._from_codes(part.view(shape), lay.dtype), scales[:, i], out=out_LHTD.unflatten(-1, shape[3:]))

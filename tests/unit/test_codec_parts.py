@@ -21,8 +21,9 @@ from tests.codec_support import LAYOUTS, make_tensors
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_int8s_native_loops_give_the_bits_of_the_torch_code(layout, tokens):
-    codec = create("int8", layout)
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_native_loops_of_byte_codecs_give_the_bits_of_the_torch_code(name, layout, tokens):
+    codec = create(name, layout)
     keys, values, _ = make_tensors(layout, tokens)
     native = codec._encode(keys[None], values[None], [0], None)[0]
     plain = ScaledByteCodec._encode(codec, keys[None], values[None], [0], None)[0]
@@ -30,9 +31,45 @@ def test_int8s_native_loops_give_the_bits_of_the_torch_code(layout, tokens):
     assert native.distortions[0].keys == pytest.approx(plain.distortions[0].keys, rel=1e-3)
     outs = [[torch.empty(1, *keys.shape, dtype=layout.dtype) for _ in range(2)] for _ in range(2)]
     stored = [Stored(0, tokens, (memoryview(native.layers[0]),))]
-    codec._decode(stored, None, *outs[0])
-    ScaledByteCodec._decode(codec, stored, None, *outs[1])
+    codec._decode_native(stored, *outs[0])
+    codec._decode_torch(stored, *outs[1])
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("name", ["int4", "int2"])
+def test_native_loops_of_grouped_codecs_give_what_the_torch_code_gives(name, layout, tokens, monkeypatch):
+    codec = create(name, layout)
+    keys, values, _ = make_tensors(layout, tokens)
+    for start in (0, 64):
+        block = codec.encode(keys, values, start=start)
+        native = codec.decode(block)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(codec), "_restore_native", restore_with_torch)
+            plain = codec.decode(block)
+        for a, b in zip(native, plain, strict=True):
+            assert torch.allclose(a.float(), b.float(), rtol=2.0**-7, atol=1e-4 * float(b.float().abs().max()))
+
+
+def restore_with_torch(codec, out, fit, payload, codes_at, *, by_channel):
+    """What a device without native loops does with the same arguments."""
+    rows = tensor_from_buffer(payload).view(codec.layout.layers, -1)
+    size = out.shape[1] * out.shape[2] * grouped.packed_bytes(out.shape[3], codec.bits)
+    packed = rows[:, codes_at : codes_at + size].reshape(*out.shape[:3], -1)
+    codec._restore(out, fit, grouped.unpack(packed, codec.bits, out.shape[3]), by_channel=by_channel)
+
+
+def test_an_fp8_code_that_is_not_a_number_is_corrupt():
+    layout = LAYOUTS["mha"]
+    keys, values, _ = make_tensors(layout, 8)
+    codec = create("fp8", layout)
+    block = codec.encode(keys, values, start=8)
+    for code in (0x7F, 0xFF):
+        payload = bytearray(block.payload[0])
+        payload[-1] = code
+        with pytest.raises(CorruptBlockError, match="not finite"):
+            codec.decode(EncodedBlock.build(block.header, [bytes(payload)]))
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int2"])

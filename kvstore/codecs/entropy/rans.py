@@ -10,7 +10,7 @@ own with a 32-bit state, so that several decode at once (a CPU overlaps them, a 
 States live in [2^16, 2^32) and take in a word when they fall below. The encoder starts each lane at 2^16; a decoder that does not end
 there, or has words left, has read garbage. Memory: nothing but the given arrays.
 
-The kernels release the GIL and use no threads of their own: callers spread streams over a pool (`kvstore.codecs.transform.parallel`).
+The kernels release the GIL and use no threads of their own: callers spread streams over a pool (`kvstore.codecs.parallel`).
 They use no constant of another module: numba's cache on disk notices changes of this file alone.
 """
 

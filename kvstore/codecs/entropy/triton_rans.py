@@ -27,9 +27,9 @@ def _decode_kernel(
     base, size = tl.load(word_begin + stream), tl.load(word_count + stream)
     at0, count = tl.load(number_begin + stream), tl.load(number_count + stream)
     table0 = tl.load(table_begin + stream)
-    enough = size >= 2 * LANES
-    low_half = tl.load(words + base + 2 * lane, mask=enough & (lane >= 0), other=0).to(tl.uint32)
-    high_half = tl.load(words + base + 2 * lane + 1, mask=enough & (lane >= 0), other=0).to(tl.uint32)
+    enough = lane * 0 + size >= 2 * LANES
+    low_half = tl.load(words + base + 2 * lane, mask=enough, other=0).to(tl.uint32)
+    high_half = tl.load(words + base + 2 * lane + 1, mask=enough, other=0).to(tl.uint32)
     x = low_half | (high_half << 16)
     bad = tl.sum((x < LOW).to(tl.int32), 0)
     at = tl.full((), 2 * LANES, tl.int64)

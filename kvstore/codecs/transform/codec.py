@@ -28,9 +28,9 @@ from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError
 from kvstore.layout import KVLayout
 
 from ..base import Codec, Coded, Stored
-from . import native, rate
+from ..parallel import spread
+from . import device, native, rate
 from .coder import BlockEncoder
-from .parallel import spread
 from .payload import LayerPayload
 from .projection import Projection
 
@@ -106,8 +106,9 @@ class TransformCodec(Codec):
 
     def _encode_chunk(self, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], tokens: torch.Tensor | None) -> list[Coded]:
         length = k.shape[3]
-        projection = Projection.of(self.profile, self.layout)
-        made = native.transform(self.layout, projection, k, v, self._positions(starts, length), tokens)
+        projection = Projection.of(self.profile, self.layout, k.device)
+        transform = native.transform if k.device.type == "cpu" else device.transform
+        made = transform(self.layout, projection, k, v, self._positions(starts, length), tokens)
         energy = torch.stack([x.flatten(1).norm(dim=1, dtype=torch.float32).square() for x in (k, v)], 1).tolist()
 
         def one(b: int) -> Coded:
@@ -194,10 +195,13 @@ class TransformCodec(Codec):
             self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
 
     def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
-        projection = Projection.of(self.profile, self.layout)
+        projection = Projection.of(self.profile, self.layout, k.device)
         parsed = [self._parsed(b, len(projection.groups)) for b in blocks]
-        positions = self._positions([b.start for b in blocks], k.shape[3])
-        native.restore(self.layout, projection, parsed, [b.start == 0 for b in blocks], positions, tokens, k, v)
+        batch = parsed, [b.start == 0 for b in blocks], self._positions([b.start for b in blocks], k.shape[3]), tokens, k, v
+        if k.device.type == "cpu":
+            native.restore(self.layout, projection, *batch)
+        else:
+            device.restore(self.layout, projection, projection.coder, *batch)
         for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
             if block.start == 0:
                 self._put_exact(layers[0], k_LHTD, v_LHTD)

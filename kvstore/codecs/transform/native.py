@@ -17,9 +17,9 @@ import torch
 
 from kvstore.layout import KVLayout
 
+from ..parallel import spread
 from .coder import BlockDecoder
 from .groups import Group
-from .parallel import spread
 from .payload import LayerPayload
 from .projection import Projection
 from .rows import Cache, Rotations, set_known, subtract_known

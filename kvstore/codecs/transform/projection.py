@@ -13,12 +13,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvstore.block import Distortion
-from kvstore.errors import InvalidInputError
+from kvstore.errors import ConfigError, InvalidInputError
 from kvstore.layout import RATIO_BYTES_PER_VALUE, KVLayout
 
 from ..entropy.book import TOTAL, Book
@@ -107,6 +108,21 @@ class Projection:
         from ..floats import view_of
 
         return [view_of(d) for d in self.decoders]
+
+    @cached_property
+    def coder(self) -> Any:
+        """What decodes streams on this device where that is not the CPU: `entropy.triton_rans.TritonCoder`.
+
+        Raises
+        ------
+        ConfigError
+            Without Triton.
+        """
+        try:
+            from ..entropy.triton_rans import TritonCoder
+        except ImportError as error:
+            raise ConfigError("decoding `transform` blocks on an accelerator needs Triton; install it (pip install triton)") from error
+        return TritonCoder(self.models.book, self.device)
 
     @cached_property
     def directions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Blocks over threads. Kernels release the GIL, so a plain pool serves; numba's own thread layers are not all re-entrant."""
+"""Blocks over threads. Native loops release the GIL, so a plain pool serves; numba's own thread layers are not all re-entrant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="transform")
+    return ThreadPoolExecutor(threads, thread_name_prefix="codecs")
 
 
 def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

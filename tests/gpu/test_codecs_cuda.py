@@ -1,0 +1,57 @@
+"""Every codec on CUDA tensors: what the CPU wrote is read there, and the other way round. Run by ``make test-gpu``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvstore.block import EncodedBlock
+from kvstore.codecs import names
+from kvstore.codecs.base import relative_error
+from kvstore.errors import CorruptBlockError
+from tests.codec_support import LAYOUTS, make_codec, make_tensors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
+every_codec = pytest.mark.parametrize("name", names())
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def batch(layout, tokens=24):
+    parts = [make_tensors(layout, tokens, i, tokens * i) for i in range(3)]
+    return [tokens * i for i in range(3)], *(torch.stack(column) for column in zip(*parts, strict=True))
+
+
+@every_layout
+@every_codec
+def test_both_devices_read_what_either_wrote(name, layout):
+    codec, (starts, keys, values, ids) = make_codec(name, layout), batch(layout)
+    there = [x.cuda() for x in (keys, values)]
+    for given in ((keys, values), there):
+        blocks = [EncodedBlock.from_bytes(b.to_bytes()) for b in codec.encode(*given, start=starts, tokens=ids)]
+        on_cpu, on_gpu = codec.decode(blocks, tokens=ids), codec.decode(blocks, tokens=ids, device="cuda")
+        for a, b in zip(on_cpu, on_gpu, strict=True):
+            assert b.device.type == "cuda"
+            assert relative_error(a[None].float(), b.cpu()[None].float())[0] < 1e-4
+
+
+@every_codec
+def test_blocks_decode_into_a_live_cache_on_the_device(name):
+    layout = LAYOUTS["gqa fp16"]
+    codec, (starts, keys, values, ids) = make_codec(name, layout), batch(layout, 16)
+    blocks = codec.encode(keys.cuda(), values.cuda(), start=starts, tokens=ids)
+    caches = [torch.full((layout.layers, layout.kv_heads, 50, layout.head_dim), 7.0, dtype=layout.dtype, device="cuda") for _ in range(2)]
+    views = tuple(c[:, :, 1:49].unflatten(2, (3, 16)).permute(2, 0, 1, 3, 4) for c in caches)
+    codec.decode(blocks, tokens=ids, out=views)
+    for cache, want in zip(caches, codec.decode(blocks, tokens=ids, device="cuda"), strict=True):
+        assert torch.equal(cache[:, :, 1:49], torch.cat(list(want), 2)) and (cache[:, :, [0, 49]] == 7.0).all()
+
+
+def test_damaged_streams_are_refused_on_the_device():
+    layout = LAYOUTS["mqa fp32"]
+    codec = make_codec("transform", layout)
+    keys, values, ids = make_tensors(layout, 16, 3, 16)
+    block = codec.encode(keys, values, start=16, tokens=ids)
+    payload = bytearray(block.payload[0])
+    payload[-3] ^= 0xFF
+    with pytest.raises(CorruptBlockError):
+        codec.decode(EncodedBlock.build(block.header, [bytes(payload), *block.payload[1:]]), tokens=ids, device="cuda")
