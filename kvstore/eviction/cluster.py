@@ -42,6 +42,9 @@ def value_of(bin_: int) -> float:
     return 2.0 ** (bin_ / _PER_OCTAVE + _LOWEST_OCTAVE)
 
 
+_VALUES = tuple(value_of(bin_) for bin_ in range(BINS))
+
+
 @dataclass(slots=True)
 class Pressure:
     """A node's published summary.
@@ -82,12 +85,15 @@ class Pressure:
     def price(self, size_bytes: int) -> float:
         """Mean value of the bytes that would leave for `size_bytes` more, free ones at 0; infinite where there are not so many."""
         left, lost = size_bytes - self.free_bytes, 0.0
-        for number, size in enumerate(self.bytes_by_value):
-            if left <= 0:
-                break
-            lost += min(left, size) * value_of(number)
-            left -= size
-        return math.inf if left > 0 else lost / max(size_bytes, 1)
+        if left <= 0:
+            return 0.0
+        for size, value in zip(self.bytes_by_value, _VALUES, strict=True):
+            if size >= left:
+                return (lost + left * value) / size_bytes
+            if size:
+                lost += size * value
+                left -= size
+        return math.inf
 
     def cheapest_bytes(self) -> int:
         """Bytes that are free, or else as cheap as the cheapest."""

@@ -137,6 +137,7 @@ class _Cluster:
             self.nodes.append(_Node(str(number), create_online(policy), share))
         self.placers = [Placer(node.name) for node in self.nodes]
         self.waterline = 0.0
+        self.lessons: list[bytes] = []
 
     def report(self, now: float) -> None:
         """All nodes publish their pressure and what they learnt, and hear of each other."""
@@ -145,6 +146,9 @@ class _Cluster:
         for placer in self.placers:
             placer.update(reports)
         lessons = [node.policy.lessons() for node in self.nodes]
+        if lessons == self.lessons:
+            return
+        self.lessons = lessons
         for number, node in enumerate(self.nodes):
             node.policy.heed(lessons[:number] + lessons[number + 1 :])
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import InvalidInputError
-from kvstore.eviction.cluster import BINS, Placer, Pressure, bin_of, value_of, waterline
+from kvstore.eviction.cluster import BINS, Placer, Pressure, bin_of, is_admitted, value_of, waterline
 from kvstore.eviction.reuse import EDGES_S, ReuseModel, bucket
 
 
@@ -95,3 +95,25 @@ def test_a_run_prefers_its_old_node_then_its_parents_then_home() -> None:
     assert placer.choose([1], 10) == "c", "only the newest two are remembered"
     placer.update({"a": reports["a"]})
     assert placer.choose([8], 10) == "a", "nodes that left are not chosen"
+
+
+def test_a_price_is_the_mean_value_of_what_leaves() -> None:
+    report = pressure(100, (0.01, 100), (1.0, 100))
+    cheap, dear = value_of(bin_of(0.01)), value_of(bin_of(1.0))
+    assert report.price(100) == 0.0
+    assert report.price(150) == pytest.approx(50 * cheap / 150)
+    assert report.price(250) == pytest.approx((100 * cheap + 50 * dear) / 250)
+    assert report.price(301) == float("inf")
+
+
+def test_admission_tells_values_apart_as_finely_as_reports() -> None:
+    assert is_admitted(0.1, 0.0) and is_admitted(0.1, 0.1) and is_admitted(float("inf"), float("inf"))
+    assert not is_admitted(0.1, 0.2) and not is_admitted(0.0, 0.001)
+
+
+def test_a_report_that_cannot_be_read_counts_room_and_keeps_the_rest_dear() -> None:
+    for text in ("", "AAAA", "no base64!"):
+        report = Pressure.from_text(text, 10, 100)
+        assert (report.price(10), report.free_bytes, report.bytes_by_value[BINS - 1]) == (0.0, 10, 90)
+    report = pressure(5, (0.3, 7))
+    assert Pressure.from_text(report.to_text(), 0, 0) == report
