@@ -67,7 +67,7 @@ class StoreReader:
     async def read(self, spec: GenerateSpec, prefix: Prefix, usable: int) -> None:
         """Continue `prefix`, whose pages are there, with the longest cached run of its first `usable` blocks."""
         known = prefix.tokens // self._block_tokens
-        if usable > known and self._rates.worth_fetching():
+        if usable > known:
             budget_s = spec.store_deadline_s if spec.store_deadline_s is not None else self._rates.store_budget_s(len(spec.tokens))
             await self._read_within(spec, prefix, prefix.keys[known:usable], budget_s)
         self._metrics.lookup_tokens.labels(result="hit").inc(prefix.tokens)
@@ -79,7 +79,7 @@ class StoreReader:
         try:
             hits = await self._client.lookup(keys, deadline_s=budget_s)
             looked = self._clock.now()
-            if hits:
+            if hits and self._rates.worth_fetching(len(hits), self._block_tokens):
                 await self._fill(spec, prefix, hits, began + budget_s)
         except CorruptBlockError as error:
             log.warning("request %s goes on with what came before a damaged block: %s", spec.request_id, error)
@@ -91,7 +91,7 @@ class StoreReader:
         prefix.lookup_s = (looked if looked is not None else now) - began
         if prefix.report.bytes_fetched:
             prefix.fetch_s = now - began - prefix.lookup_s
-            self._rates.fetched(prefix.tokens - before, prefix.fetch_s)
+            self._rates.fetched((prefix.tokens - before) // self._block_tokens, prefix.fetch_s)
 
     async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], until: float) -> None:
         """Fetch, and decode into place what has arrived while the rest is on its way."""
