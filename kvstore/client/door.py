@@ -29,9 +29,12 @@ PIECE_BYTES = 256 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 1 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
+#: Blocks are sent together up to here, and messages are received together up to there.
+SENT_BYTES, RECEIVED_BYTES = 1 << 20, 64 << 10
 MAX_IOV = 512
 OK = 1
 _PEER = struct.Struct("3i")
+_TIME = struct.Struct("@qq")  # seconds, microseconds
 
 #: Looks at a header before memory is set aside; False ends the reading.
 Accept = Callable[[int, BlockHeader], bool]
@@ -47,6 +50,8 @@ class Door:
         self._peer = peer
         self._arena = arena
         self._deadline = 0.0
+        self._inbox = memoryview(bytearray(RECEIVED_BYTES))
+        self._start = self._stop = 0
 
     @property
     def open(self) -> bool:
@@ -86,10 +91,14 @@ class Door:
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
         self._deadline = time.monotonic() + timeout_s
+        parts, size = [], 0
         for block, tokens in blocks:
-            request = door.message(Kind.PUT, door.NUMBER.pack(tokens), block.header.to_bytes())
-            self._send([request, *block.payload])
-        self._send([door.message(Kind.END)])
+            parts += (door.message(Kind.PUT, door.NUMBER.pack(tokens), block.header.to_bytes()), *block.payload)
+            size += block.header.payload_bytes
+            if size >= SENT_BYTES:
+                self._send(parts)
+                parts, size = [], 0
+        self._send([*parts, door.message(Kind.END)])
         statuses = bytes(self._receive(Kind.STATUSES))
         if len(statuses) != len(blocks):
             raise TransportError(f"a node answered {len(statuses)} of {len(blocks)} blocks")
@@ -203,7 +212,7 @@ class Door:
         """Send all of `parts`; nothing is joined."""
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         while views:
-            self._peer.settimeout(self._left_s())
+            self._patience(socket.SO_SNDTIMEO)
             sent = self._peer.sendmsg(views[:MAX_IOV])
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
@@ -221,13 +230,29 @@ class Door:
         return body
 
     def _fill(self, buffer: memoryview) -> None:
+        """Receive exactly `buffer`; what is small comes with what is behind it."""
         at = 0
         while at < len(buffer):
-            self._peer.settimeout(self._left_s())
-            got = self._peer.recv_into(buffer[at:])
-            if not got:
-                raise ConnectionError("the connection has ended")
-            at += got
+            if self._start < self._stop:
+                size = min(len(buffer) - at, self._stop - self._start)
+                buffer[at : at + size] = self._inbox[self._start : self._start + size]
+                self._start, at = self._start + size, at + size
+            elif len(buffer) - at >= RECEIVED_BYTES:
+                at += self._receive_into(buffer[at:], socket.MSG_WAITALL)
+            else:
+                self._start, self._stop = 0, self._receive_into(self._inbox, 0)
+
+    def _receive_into(self, buffer: memoryview, flags: int) -> int:
+        self._patience(socket.SO_RCVTIMEO)
+        got = self._peer.recv_into(buffer, 0, flags)
+        if not got:
+            raise ConnectionError("the connection has ended")
+        return got
+
+    def _patience(self, option: int) -> None:
+        """Let the kernel end the next call at the deadline: a timeout of Python's own costs a system call more each time."""
+        left_s = self._left_s()
+        self._peer.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(int(left_s), int(left_s % 1 * 1e6) + 1))
 
     def _left_s(self) -> float:
         left_s = self._deadline - time.monotonic()
@@ -258,6 +283,7 @@ def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Doo
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(door.message(Kind.HELLO, token.encode()))
         arena = _welcome(peer)
+        peer.settimeout(None)
         return Door(peer, arena)
     except BaseException:
         peer.close()

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 256
 #: Seconds for a connection to show its credential, and for each piece of a payload to move.
 HELLO_S, PIECE_S = 2.0, 10.0
+#: What is smaller is sent and received together with what is beside it.
+SMALL_BYTES = 256 << 10
 #: Plans that one connection may have open.
 MAX_PLANS = 4
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -115,19 +117,19 @@ class DoorServer:
 
     async def _serve(self, peer: socket.socket) -> None:
         with peer:
-            guest = None
+            guest, inbox = None, Inbox(peer)
             try:
                 async with asyncio.timeout(HELLO_S):
-                    kind, body = await receive(peer)
+                    kind, body = await inbox.message()
                     if kind is not Kind.HELLO:
                         raise TransportError("the door is opened with HELLO")
                     token = bytes(body).decode("latin-1")
                     caller = self._service.credentials.caller([("authorization", f"Bearer {token}")] if token else [])
                     await self._welcome(peer, caller)
-                guest = Guest(self._service, peer, caller)
+                guest = Guest(self._service, peer, inbox, caller)
                 while True:
                     async with asyncio.timeout_at(guest.write_ends):
-                        request = await receive(peer)
+                        request = await inbox.message()
                     await guest.serve(*request)
             except (ConcertinaError, OSError, TimeoutError, struct.error) as error:
                 log.debug("a guest of the door left: %s", error)
@@ -148,15 +150,17 @@ class DoorServer:
 class Guest:
     """One connection that has been let in. `write_ends` is when what it writes must have ended; None while it writes nothing."""
 
-    def __init__(self, service: Service, peer: socket.socket, caller: Caller) -> None:
+    def __init__(self, service: Service, peer: socket.socket, inbox: Inbox, caller: Caller) -> None:
         self._service = service
         self._peer = peer
+        self._inbox = inbox
         self._caller = caller
         self._plans: dict[int, tuple[list[Found | None], int]] = {}
         self._number = 0
         self._incoming: Incoming | None = None
         self.write_ends: float | None = None
-        self._scratch = bytearray(0)
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
 
     async def serve(self, kind: Kind, body: memoryview) -> None:
         """Answer one request. Raises TransportError for what is none."""
@@ -218,26 +222,43 @@ class Guest:
         try:
             for found in plan:
                 if found is None or not self._service.engine.intact(found):
-                    await self._send(door.message(Kind.BLOCK, bytes((Status.NOT_FOUND,))))
+                    await self._send_later(door.message(Kind.BLOCK, bytes((Status.NOT_FOUND,))))
                 else:
                     await self._stream(found)
+            await self._flush()
         finally:
             self._service.engine.release(lease)
 
     async def _stream(self, found: Found) -> None:
         """One block, and after its last byte whether all of them were its own."""
-        await self._send(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
+        await self._send_later(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
         size = found.header.payload_bytes
         for offset in range(0, size, FRAME_BYTES):
             for piece in await self._service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, size - offset)):
-                await self._send(piece)
-        await self._send(door.INTACT if self._service.engine.intact(found) else door.LOST)
+                if size <= SMALL_BYTES:
+                    await self._send_later(bytes(piece))
+                else:
+                    await self._flush()
+                    await self._send(piece)
+        await self._send_later(door.INTACT if self._service.engine.intact(found) else door.LOST)
+
+    async def _send_later(self, data: bytes) -> None:
+        """Send `data` together with what comes next."""
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= SMALL_BYTES:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        if self._waiting:
+            data, self._waiting, self._waiting_bytes = b"".join(self._waiting), [], 0
+            await self._send(data)
 
     async def _put(self, body: memoryview) -> None:
         if not self._service.admitting:
             raise TransportError("this node takes no more blocks")
         (tokens,) = door.NUMBER.unpack_from(body)
-        header_bytes = body[door.NUMBER.size :]
+        header_bytes = memoryview(bytes(body[door.NUMBER.size :]))
         try:
             left = BlockHeader.from_bytes(header_bytes).payload_bytes
         except CorruptBlockError as error:  # how much follows is not known
@@ -245,14 +266,12 @@ class Guest:
         if self._incoming is None:
             self._incoming = Incoming(self._service, self._caller.tenant)
             self.write_ends = asyncio.get_running_loop().time() + self._service.engine.config.put_timeout_s
-            self._scratch = self._scratch or bytearray(FRAME_BYTES)
+            self._inbox.grow()
         incoming, index = self._incoming, len(self._incoming.statuses) + self._incoming.open
         await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
-        scratch = memoryview(self._scratch)
         async with asyncio.timeout_at(self.write_ends):
             while left:
-                piece = scratch[: min(left, FRAME_BYTES)]
-                await fill(self._peer, piece)
+                piece = await self._inbox.some(left)
                 await incoming.take(PutFrame(index, None, piece, 0))
                 left -= len(piece)
 
@@ -269,22 +288,61 @@ class Guest:
             await asyncio.get_running_loop().sock_sendall(self._peer, data)
 
 
-async def receive(peer: socket.socket) -> tuple[Kind, memoryview]:
-    """The next message. Raises TransportError for what is none, ConnectionError at the end."""
-    frame = bytearray(door.FRAME.size)
-    await fill(peer, memoryview(frame), first_s=None)
-    kind, size = door.parse_frame(frame, door.MAX_REQUEST_BYTES)
-    body = memoryview(bytearray(size))
-    await fill(peer, body)
-    return kind, body
+class Inbox:
+    """What comes in on one connection: read in large pieces, whatever the size of its messages.
 
+    Views that it hands out are valid until its next call.
+    """
 
-async def fill(peer: socket.socket, buffer: memoryview, first_s: float | None = PIECE_S) -> None:
-    """Receive exactly `buffer`. The first bytes may take `first_s` seconds (None: for ever), the others PIECE_S."""
-    loop, at, patience_s = asyncio.get_running_loop(), 0, first_s
-    while at < len(buffer):
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._buffer = memoryview(bytearray(SMALL_BYTES))
+        self._start = self._stop = 0
+
+    def grow(self) -> None:
+        """Make room for payloads."""
+        if len(self._buffer) < FRAME_BYTES:
+            larger = memoryview(bytearray(FRAME_BYTES))
+            larger[: self._stop - self._start] = self._buffer[self._start : self._stop]
+            self._buffer, self._start, self._stop = larger, 0, self._stop - self._start
+
+    async def message(self) -> tuple[Kind, memoryview]:
+        """The next message; it may be waited for for ever. Raises TransportError for what is none, ConnectionError at the end."""
+        kind, size = door.parse_frame(await self.exactly(door.FRAME.size, first_s=None), door.MAX_REQUEST_BYTES)
+        return kind, await self.exactly(size)
+
+    async def exactly(self, size: int, first_s: float | None = PIECE_S) -> memoryview:
+        """The next `size` bytes. The first may take `first_s` seconds (None: for ever), the others PIECE_S each."""
+        patience_s = first_s if self._start == self._stop else PIECE_S
+        if size > len(self._buffer):
+            whole, at = memoryview(bytearray(size)), 0
+            while at < size:
+                part = await self.some(size - at)
+                whole[at : at + len(part)] = part
+                at += len(part)
+            return whole
+        while self._stop - self._start < size:
+            await self._more(size, patience_s)
+            patience_s = PIECE_S
+        return self._take(size)
+
+    async def some(self, limit: int) -> memoryview:
+        """At least one of the next bytes, at most `limit`."""
+        if self._start == self._stop:
+            await self._more(1, PIECE_S)
+        return self._take(min(limit, self._stop - self._start))
+
+    def _take(self, size: int) -> memoryview:
+        self._start += size
+        return self._buffer[self._start - size : self._start]
+
+    async def _more(self, wanted: int, patience_s: float | None) -> None:
+        held = self._stop - self._start
+        if self._start and (not held or self._start + wanted > len(self._buffer)):
+            self._buffer[:held] = bytes(self._buffer[self._start : self._stop])
+            self._start, self._stop = 0, held
         async with asyncio.timeout(patience_s):
-            got = await loop.sock_recv_into(peer, buffer[at:])
+            got = await asyncio.get_running_loop().sock_recv_into(self._peer, self._buffer[self._stop :])
         if not got:
             raise ConnectionError("the connection has ended")
-        at, patience_s = at + got, PIECE_S
+        self._stop += got
