@@ -12,9 +12,9 @@ from .tiles import PANEL, tile
 
 #: Distances in bytes.
 _FLOAT, _HALF_PANEL = 4, PANEL // 2
-#: (rows, vectors of outputs) of tiles, by the weights' type: as many sums at once as there are registers for.
-_FOUR_F32, _TWO_F32, _ONE_F32 = (tile(rows, vectors, types.float32) for rows, vectors in ((4, 2), (2, 4), (1, 4)))
-_FOUR_BF16, _TWO_BF16, _ONE_BF16 = (tile(rows, vectors, types.uint16) for rows, vectors in ((4, 2), (2, 4), (1, 4)))
+#: (rows, vectors of outputs) of tiles, by the weights' type: with weights and inputs they fill the 16 registers.
+_FOUR_F32, _TWO_F32, _ONE_F32 = (tile(rows, vectors, types.float32) for rows, vectors in ((4, 3), (2, 3), (1, 6)))
+_FOUR_BF16, _TWO_BF16, _ONE_BF16 = (tile(rows, vectors, types.uint16) for rows, vectors in ((4, 3), (2, 3), (1, 6)))
 
 
 @njit(**JIT)
@@ -29,10 +29,12 @@ def _four_rows(x, inputs, out, outputs, weights, size_bytes):
 
 @njit(**JIT)
 def _two_rows(x, inputs, out, outputs, weights, size_bytes):
-    if size_bytes == _FLOAT:
-        _TWO_F32(x, inputs, out, outputs, weights, inputs)
-    else:
-        _TWO_BF16(x, inputs, out, outputs, weights, inputs)
+    for half in range(2):
+        target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
+        if size_bytes == _FLOAT:
+            _TWO_F32(x, inputs, target, outputs, part, inputs)
+        else:
+            _TWO_BF16(x, inputs, target, outputs, part, inputs)
 
 
 @njit(**JIT)

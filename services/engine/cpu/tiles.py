@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 #: float32 numbers of one vector register (AVX2; where registers are wider, LLVM may use half of them).
 LANES = 8
 #: Outputs of a panel of weights: for each input, this many weights lie side by side.
-PANEL = 32
+PANEL = 48
 _FLOAT, _HALF = ir.FloatType(), ir.IntType(16)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _WORDS = ir.VectorType(ir.IntType(32), LANES)
