@@ -39,7 +39,7 @@ class EngineConfig:
     max_queue : int
         Requests that may wait beyond those; more are refused with CapacityError.
     max_live_tokens : int
-        Tokens of live KV that all requests may hold together; 0 is `max_batch` times the context window.
+        Tokens of live KV that all requests may hold together; 0 is `max_batch` times the context window, or what memory there is for.
     max_context : int
         Longest prompt and answer together; 0 takes the model's own limit.
     prefill_tiles : int

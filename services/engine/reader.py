@@ -76,6 +76,7 @@ class StoreReader:
     async def _read_within(self, spec: GenerateSpec, prefix: Prefix, keys: Sequence[bytes], budget_s: float) -> None:
         began = self._clock.now()
         looked, before = None, prefix.tokens
+        hits: Sequence[Hit] = ()
         try:
             hits = await self._client.lookup(keys, deadline_s=budget_s)
             looked = self._clock.now()
@@ -91,7 +92,9 @@ class StoreReader:
         prefix.lookup_s = (looked if looked is not None else now) - began
         if prefix.report.bytes_fetched:
             prefix.fetch_s = now - began - prefix.lookup_s
-            self._rates.fetched((prefix.tokens - before) // self._block_tokens, prefix.fetch_s)
+            # What came of a fetch that was cut short stands for the whole of it.
+            share = max(prefix.tokens - before, self._block_tokens) / (len(hits) * self._block_tokens)
+            self._rates.fetched(len(hits), prefix.fetch_s / share)
 
     async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], until: float) -> None:
         """Fetch, and decode into place what has arrived while the rest is on its way."""
