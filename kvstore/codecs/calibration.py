@@ -78,6 +78,7 @@ def calibrate(
     rank = min(RANK, features, layout.values_per_token)
     models_, kappa, shape = _measure(fitted, a, rank, held, embeddings)
     p, q = fit.predictor(everything, a, rank) if features else (None, None)
+    harm, share = fit.harm_weights(everything, a)
     tensors = {
         "mean": everything.mean_C,
         "weight": a.float(),
@@ -88,11 +89,13 @@ def calibrate(
     }
     if p is not None and q is not None and embeddings is not None:
         tensors |= _prediction(a, p, q, embeddings, plan_)
+    if harm is not None:
+        tensors["harm"] = harm
     known = {
         "groups": [g.last - g.first for g in plan_],
         "tokens": everything.count,
         "sensitivities": bool(everything.fisher_count),
-        "divergence": fit.divergence_scale(everything, a, continued),
+        "divergence": fit.divergence_scale(everything, a, continued, share),
     }
     return Profile(shape_of(layout), known | (facts or {}), tensors)
 
@@ -152,7 +155,7 @@ def _prediction(
     table = torch.cat([fit.features(embeddings, ids) @ p.float() for ids in torch.arange(len(embeddings)).split(8192)])
     # Balance the two factors, so that neither leaves float16's range.
     scale = table.square().mean(0).sqrt().clamp_min(1e-12)
-    to_values = fit.weigh(torch.linalg.inv(a), q, groups).float() * scale[:, None]
+    to_values = fit.weigh(fit.inverse(a), q, groups).float() * scale[:, None]
     return {"predict.table": (table / scale).half(), "predict.map": to_values.half()}
 
 

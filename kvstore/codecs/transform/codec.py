@@ -3,7 +3,7 @@
 ::
 
     K, V ── un-rotate K ── minus what the token predicts ── project on the basis ── quantize in nested passes ── rANS
-                                     (projection)                                   (ladder, kernels, coder)
+                                     (projection)                          (classes, ladder, kernels, coder)
 
 Errors are white in a space where a unit of error does a unit of harm: weighted by the tempered Fisher information of each head, as
 calibration measured it. One quantizer step serves all coefficients (reverse water-filling); coefficients too small for it cost nothing.
@@ -30,6 +30,7 @@ from kvstore.layout import KVLayout
 from ..base import Codec, Coded, Stored
 from ..parallel import spread
 from . import device, native, rate
+from .classes import TokenClasses, arranged, harms, most_classes, packed_bytes, put_back
 from .coder import BlockEncoder
 from .payload import LayerPayload
 from .projection import Projection
@@ -108,26 +109,34 @@ class TransformCodec(Codec):
         length = k.shape[3]
         projection = Projection.of(self.profile, self.layout, k.device)
         transform = native.transform if k.device.type == "cpu" else device.transform
-        made = transform(self.layout, projection, k, v, self._positions(starts, length), tokens)
+        classes, positions = self._classes(projection, k, v, starts), self._positions(starts, length)
+        if projection.harm is not None:
+            order = _orders(classes, length)
+            k, v, positions = arranged(k, order), arranged(v, order), positions.gather(1, order)
+            tokens = None if tokens is None else tokens.cpu().gather(1, order)
+        made = transform(self.layout, projection, k, v, positions, tokens)
         energy = torch.stack([x.flatten(1).norm(dim=1, dtype=torch.float32).square() for x in (k, v)], 1).tolist()
 
         def one(b: int) -> Coded:
             sink = self._exact(k[b], v[b]) if starts[b] == 0 else (b"", False)
-            skip = 1 if sink[0] else 0
-            mine = slice(b * length + skip, (b + 1) * length)
-            seen = [z[mine] for z in made.seen]
-            encoder = self._encoder(projection, [np.ascontiguousarray(c[:, mine]) for c in made.coefficients])
+            mine = slice((b + 1) * length - len(classes[b].of), (b + 1) * length)
+            seen, coefficients = [z[mine] for z in made.seen], [c[:, mine] for c in made.coefficients]
+            encoder = BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients, classes[b])
             return self._encode_block(projection, encoder, seen, starts[b], sink, energy[b])
 
         return spread(one, range(len(starts)))
 
+    def _classes(self, projection: Projection, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int]) -> list[TokenClasses]:
+        """The classes of each block's tokens but an exact first one."""
+        length, sinks = k.shape[3], [start == 0 for start in starts]
+        if projection.harm is None:
+            return [TokenClasses.alike(length - sink) for sink in sinks]
+        most = most_classes(self.layout.raw_bytes(length) / self.config.rungs[0], len(projection.groups))
+        return [TokenClasses.by(harm_T[sink:], most) for harm_T, sink in zip(harms(projection.harm, k, v), sinks, strict=True)]
+
     @staticmethod
     def _positions(starts: Sequence[int], length: int) -> torch.Tensor:
         return torch.tensor(starts)[:, None] + torch.arange(length)
-
-    @staticmethod
-    def _encoder(projection: Projection, coefficients: list[np.ndarray]) -> BlockEncoder:
-        return BlockEncoder(projection.models, projection.kappa, projection.shape, coefficients)
 
     @staticmethod
     def _exact(k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> tuple[bytes, bool]:
@@ -141,18 +150,20 @@ class TransformCodec(Codec):
         energy: Sequence[float],
     ) -> Coded:
         rungs, (exact, bfloat16), length = self.config.rungs, sink, encoder.tokens + bool(sink[0])
+        beside = len(exact) + (packed_bytes(encoder.tokens) if len(encoder.runs) > 1 else 0)
         raw, spent, count = self.layout.raw_bytes(length), self._header_bytes(len(rungs)), encoder.tokens * self.layout.values_per_token
         steps = self._steps_for_divergence(projection, encoder, len(rungs)) if self.config.max_divergence is not None else None
         layers, distortions, divergences = [], [], []
         for i, ratio in enumerate(rungs):
             if steps is None:
-                budget = rate.budget_bytes(raw, ratio, length, start, self.layout.raw_bytes(1)) - spent - (len(exact) if i == 0 else 0)
+                budget = rate.budget_bytes(raw, ratio, length, start, self.layout.raw_bytes(1)) - spent - (beside if i == 0 else 0)
                 # How far this block is from the usual shows in the layer before.
                 unusual = encoder.steps[-1] - projection.guess(rungs[i - 1]) if i else 0
                 made = encoder.layer_within(budget, projection.guess(ratio) + unusual)
             else:
                 made = encoder.layer_at(steps[i])
-            first = LayerPayload(made.steps, made.words, exact, bfloat16) if i == 0 else made
+            classes = encoder.classes if len(encoder.runs) > 1 else None
+            first = LayerPayload(made.steps, made.words, exact, bfloat16, classes) if i == 0 else made
             layers.append(first.to_bytes())
             spent += len(layers[-1])
             missing = [z.copy() for z in seen]
@@ -166,7 +177,7 @@ class TransformCodec(Codec):
         no_sketch = [np.zeros((g.width, 0), dtype=np.float32) for g in projection.groups]
 
         def harm(m: int) -> float:
-            trial = self._encoder(projection, [g.c for g in encoder.groups])
+            trial = encoder.again()
             trial.layer_at(m)
             return projection.expected_divergence(trial.lost(no_sketch, nothing), encoder.tokens * self.layout.values_per_token)
 
@@ -196,19 +207,28 @@ class TransformCodec(Codec):
 
     def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
         projection = Projection.of(self.profile, self.layout, k.device)
-        parsed = [self._parsed(b, len(projection.groups)) for b in blocks]
-        batch = parsed, [b.start == 0 for b in blocks], self._positions([b.start for b in blocks], k.shape[3]), tokens, k, v
+        parsed, length = [self._parsed(b, len(projection.groups)) for b in blocks], k.shape[3]
+        positions, order = self._positions([b.start for b in blocks], length), None
+        if any(layers[0].classes for layers in parsed):
+            coded = [length - (b.start == 0) for b in blocks]
+            order = _orders([layers[0].classes or TokenClasses.alike(n) for layers, n in zip(parsed, coded, strict=True)], length)
+            positions, tokens = positions.gather(1, order), None if tokens is None else tokens.cpu().gather(1, order)
+        batch = parsed, [b.start == 0 for b in blocks], positions, tokens, k, v
         if k.device.type == "cpu":
             native.restore(self.layout, projection, *batch)
         else:
             device.restore(self.layout, projection, projection.coder, *batch)
+        if order is not None:
+            put_back(k, order)
+            put_back(v, order)
         for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
             if block.start == 0:
                 self._put_exact(layers[0], k_LHTD, v_LHTD)
 
     def _parsed(self, block: Stored, groups: int) -> list[LayerPayload]:
         sink = self.layout.raw_bytes(1) if block.start == 0 else 0
-        return [LayerPayload.from_bytes(data, groups, sink if i == 0 else 0) for i, data in enumerate(block.layers)]
+        base = LayerPayload.from_bytes(block.layers[0], groups, sink, block.tokens - bool(sink))
+        return [base, *(LayerPayload.from_bytes(data, len(base.words)) for data in block.layers[1:])]
 
     @staticmethod
     def _put_exact(layer: LayerPayload, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:
@@ -217,3 +237,9 @@ class TransformCodec(Codec):
         half = first.numel() // 2
         k_LHTD[:, :, 0] = first[:half].view(k_LHTD.shape[0], k_LHTD.shape[1], -1)
         v_LHTD[:, :, 0] = first[half:].view(v_LHTD.shape[0], v_LHTD.shape[1], -1)
+
+
+def _orders(classes: Sequence[TokenClasses], length: int) -> torch.Tensor:
+    """Where each block's tokens lie in it, in the order of coding, an exact first one in front: int64 [B, length]."""
+    skips = [length - len(c.of) for c in classes]
+    return torch.from_numpy(np.stack([np.append(np.arange(skip), skip + c.order) for c, skip in zip(classes, skips, strict=True)]))

@@ -12,9 +12,10 @@ from kvstore.errors import CorruptBlockError
 
 from ..entropy import rans
 from . import kernels
+from .classes import TokenClasses
 from .ladder import DITHER, MAX_DROP, MAX_PASSES, MAX_STEP, MIN_STEP, Ladder
 from .models import LAW, OCTAVE, Models
-from .payload import LayerPayload, joined
+from .payload import LayerPayload, parts_of
 from .rate import cheapest_within
 from .rows import add_rare
 
@@ -42,8 +43,8 @@ class _Group:
         return cls(c, kappa, shape, *cells, np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.float32))
 
 
-class BlockEncoder:
-    """Encodes one block, pass by pass.
+class _ClassEncoder:
+    """Encodes the tokens of one class of a block, pass by pass.
 
     Parameters
     ----------
@@ -74,38 +75,13 @@ class BlockEncoder:
             kernels.price(g.c, g.kinds, g.lows, g.loud, g.peaks, g.kappa, g.shape, p, *ladder.arrays, *tables)
             for g in self.groups
         )
-        return bits / 8 + len(self.groups) * (2 * rans.STATE_WORDS + 4) + 2
+        return bits / 8 + len(self.groups) * (2 * rans.STATE_WORDS + 4)
 
-    def layer_within(self, budget: float, guess: int) -> LayerPayload:
-        """The next layer of precision, as fine as `budget` bytes allow."""
-        left, steps, words = budget - 2, [], [[] for _ in self.groups]
-        while True:
-            high = self.steps[-1] - 1 if self.steps else MAX_STEP
-            low = max(self.steps[-1] - MAX_DROP if self.steps else MIN_STEP, min(self.finest, high))
-            m = cheapest_within(self.price, left, guess, low, high)
-            left -= self._pass(m, steps, words)
-            if m > low or m <= self.finest or len(self.steps) >= MAX_PASSES - 4:
-                return LayerPayload(steps, words)
-
-    def layer_at(self, m: int) -> LayerPayload:
-        """The next layer of precision, ending at step index `m`."""
-        steps, words = [], [[] for _ in self.groups]
-        while self.steps and self.steps[-1] - m > MAX_DROP:
-            self._pass(self.steps[-1] - MAX_DROP, steps, words)
-        self._pass(m, steps, words)
-        return LayerPayload(steps, words)
-
-    def _pass(self, m: int, steps: list[int], words: list[list[np.ndarray]]) -> int:
-        """Encode one pass, append it to `steps` and `words`; its bytes."""
+    def encode_pass(self, m: int) -> list[np.ndarray]:
+        """The stream of each group at step index `m`."""
         self.steps.append(m)
         ladder, p = Ladder.of(self.steps), len(self.steps) - 1
-        size = 2
-        for g, streams in zip(self.groups, words, strict=True):
-            stream = self._stream(g, p, ladder)
-            streams.append(stream)
-            size += 2 * len(stream) + 4
-        steps.append(m)
-        return size
+        return [self._stream(g, p, ladder) for g in self.groups]
 
     def _stream(self, g: _Group, p: int, ladder: Ladder) -> np.ndarray:
         steps, parts, log_width, width = ladder.arrays
@@ -119,10 +95,7 @@ class BlockEncoder:
         return out[begin:].copy()
 
     def lost(self, sketches: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> float:
-        """Sum of squared errors of all coefficients, against what a decoder of all passes so far rebuilds.
-
-        Takes what it rebuilds times `sketches` (float32 [R, S] of each group) from `seen` (float32 [tokens, S] of each group).
-        """
+        """As `BlockEncoder.lost`, for this class's tokens."""
         ladder = Ladder.of(self.steps)
         place = (len(self.steps), ladder.steps, ladder.width, ladder.log_width, self.models.centre, LAW)
         return sum(
@@ -131,30 +104,96 @@ class BlockEncoder:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class BlockDecoder:
-    """Decodes one block, group by group.
+class BlockEncoder:
+    """Encodes one block, pass by pass.
 
     Parameters
     ----------
-    tokens : int
-        Coded tokens: without the exact first one.
-    ladder, words
-        From `payload.joined`.
+    models : Models
+    kappa, shape : int32 [R] of each group
+    coefficients : float32 [R, T] of each group
+        Tokens in the order of `classes`.
+    classes : TokenClasses
     """
+
+    def __init__(
+        self, models: Models, kappa: Sequence[np.ndarray], shape: Sequence[np.ndarray], coefficients: Sequence[np.ndarray],
+        classes: TokenClasses,
+    ) -> None:
+        self._given = models, kappa, shape, coefficients, classes
+        self.classes, self.runs, self.steps = classes, classes.runs, []
+        self.parts = [
+            _ClassEncoder(models, kappa, shape, [np.ascontiguousarray(c[:, first:end]) for c in coefficients])
+            for _, first, end in self.runs
+        ]
+        self.finest = max(part.finest - offset for part, (offset, _, _) in zip(self.parts, self.runs, strict=True))
+        self._streams = len(coefficients) * len(self.parts)
+
+    def again(self) -> BlockEncoder:
+        """An encoder of the same block before its first pass."""
+        return BlockEncoder(*self._given)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.classes.of)
+
+    def price(self, m: int) -> float:
+        """Bytes that a further pass at step index `m` would take."""
+        return 2 + sum(part.price(m + offset) for part, (offset, _, _) in zip(self.parts, self.runs, strict=True))
+
+    def layer_within(self, budget: float, guess: int) -> LayerPayload:
+        """The next layer of precision, as fine as `budget` bytes allow."""
+        left, steps, words = budget - 2, [], [[] for _ in range(self._streams)]
+        while True:
+            high = self.steps[-1] - 1 if self.steps else MAX_STEP
+            low = max(self.steps[-1] - MAX_DROP if self.steps else MIN_STEP, min(self.finest, high))
+            m = cheapest_within(self.price, left, guess, low, high)
+            left -= self._pass(m, steps, words)
+            if m > low or m <= self.finest or len(self.steps) >= MAX_PASSES - 4:
+                return LayerPayload(steps, words)
+
+    def layer_at(self, m: int) -> LayerPayload:
+        """The next layer of precision, ending at step index `m`."""
+        steps, words = [], [[] for _ in range(self._streams)]
+        while self.steps and self.steps[-1] - m > MAX_DROP:
+            self._pass(self.steps[-1] - MAX_DROP, steps, words)
+        self._pass(m, steps, words)
+        return LayerPayload(steps, words)
+
+    def _pass(self, m: int, steps: list[int], words: list[list[np.ndarray]]) -> int:
+        """Encode one pass, append it to `steps` and `words`; its bytes."""
+        self.steps.append(m)
+        steps.append(m)
+        size = 2
+        for number, (part, (offset, _, _)) in enumerate(zip(self.parts, self.runs, strict=True)):
+            for stream, streams in zip(part.encode_pass(m + offset), words[number :: len(self.parts)], strict=True):
+                streams.append(stream)
+                size += 2 * len(stream) + 4
+        return size
+
+    def lost(self, sketches: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> float:
+        """Sum of squared errors of all coefficients, against what a decoder of all passes so far rebuilds.
+
+        An error counts in units of its class's step, as much as it harms. Takes what is rebuilt times `sketches` (float32 [R, S] of
+        each group) from `seen` (float32 [tokens, S] of each group).
+        """
+        total = 0.0
+        for part, (offset, first, end) in zip(self.parts, self.runs, strict=True):
+            total += part.lost(sketches, [z[first:end] for z in seen]) * 4.0 ** (-offset / OCTAVE)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassDecoder:
+    """Decodes the tokens of one class of a block, group by group; ladder and words as in `payload.Part`."""
 
     models: Models
     tokens: int
     ladder: Ladder
     words: list[tuple[np.ndarray, np.ndarray]]
 
-    @classmethod
-    def of(cls, models: Models, tokens: int, layers: Sequence[LayerPayload]) -> BlockDecoder:
-        """Decoder of parsed layers. Raises CorruptBlockError for steps that no encoder writes."""
-        return cls(models, tokens, *joined(layers))
-
     def common(self, kappa: np.ndarray, shape: np.ndarray, share: float) -> int:
-        """How many of a group's leading coefficients differ from 0 in at least `share` of all tokens, as calibration found them."""
+        """As `BlockDecoder.common`, for this class's tokens."""
         above = kappa[: kernels.active(kappa, self.ladder.steps[-1], LAW)] - self.ladder.steps[-1] - LAW.active
         zero = self.models.zero[shape[: len(above)], np.minimum(above, LAW.span - 1)]
         rows = int(np.count_nonzero(zero <= (1 - share) * 65535))
@@ -164,23 +203,7 @@ class BlockDecoder:
         self, index: int, kappa: np.ndarray, shape: np.ndarray, first: int, common: np.ndarray, begin: int, rows: np.ndarray,
         basis: np.ndarray,
     ) -> None:
-        """Decode the coefficients of group `index`.
-
-        Parameters
-        ----------
-        kappa, shape : int32 [R]
-        first : int
-            How many coefficients are `common`.
-        common : float32 [at least `first`, columns]
-            Takes those, from column `begin` on, and zeros below them.
-        rows : float32 [tokens, C]
-            The other coefficients times their rows of `basis` [R, C] are added to it.
-
-        Raises
-        ------
-        CorruptBlockError
-            For streams that no encoder writes.
-        """
+        """As `BlockDecoder.group`, for this class's tokens."""
         (words, ends), ladder, models = self.words[index], self.ladder, self.models
         count = kernels.active(kappa, ladder.steps[-1], LAW)
         kinds, loud = np.zeros((count, self.tokens), dtype=np.uint8), np.zeros(count, dtype=np.uint8)
@@ -199,3 +222,51 @@ class BlockDecoder:
             rare = np.empty((count - first, self.tokens), dtype=np.float32)
             kernels.rebuild(kinds[first:], lows[first:], loud[first:], kappa[first:], shape[first:], *place, rare, 0)
             add_rare(rare, rows, first, basis)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDecoder:
+    """Decodes one block, group by group.
+
+    Parameters
+    ----------
+    tokens : int
+        Coded tokens: without the exact first one.
+    parts : list of (first token, decoder) of each class
+    """
+
+    tokens: int
+    parts: list[tuple[int, _ClassDecoder]]
+
+    @classmethod
+    def of(cls, models: Models, tokens: int, layers: Sequence[LayerPayload]) -> BlockDecoder:
+        """Decoder of parsed layers. Raises CorruptBlockError for steps that no encoder writes."""
+        return cls(tokens, [(p.first, _ClassDecoder(models, p.tokens, p.ladder, p.words)) for p in parts_of(layers, tokens)])
+
+    def common(self, kappa: np.ndarray, shape: np.ndarray, share: float) -> int:
+        """How many of a group's leading coefficients differ from 0 in at least `share` of all tokens, as calibration found them."""
+        return max(part.common(kappa, shape, share) for _, part in self.parts)
+
+    def group(
+        self, index: int, kappa: np.ndarray, shape: np.ndarray, first: int, common: np.ndarray, begin: int, rows: np.ndarray,
+        basis: np.ndarray,
+    ) -> None:
+        """Decode the coefficients of group `index`, tokens in the order of coding.
+
+        Parameters
+        ----------
+        kappa, shape : int32 [R]
+        first : int
+            How many coefficients are `common`.
+        common : float32 [at least `first`, columns]
+            Takes those, from column `begin` on, and zeros below them.
+        rows : float32 [tokens, C]
+            The other coefficients times their rows of `basis` [R, C] are added to it.
+
+        Raises
+        ------
+        CorruptBlockError
+            For streams that no encoder writes.
+        """
+        for at, part in self.parts:
+            part.group(index, kappa, shape, first, common, begin + at, rows[at : at + part.tokens], basis)

@@ -21,6 +21,9 @@ ALPHA = 0.8
 #: Share of the mean eigenvalue that is added to each head's Fisher matrix.
 FISHER_FLOOR = 0.02
 RIDGE = 1e-3
+#: Of the regression that tells tokens' harms, and the runs of tokens in which its worth is measured: the usual block.
+HARM_RIDGE = 0.1
+RUN_TOKENS = 64
 #: Length of the prefix that estimates of divergence assume.
 PREFIX_TOKENS = 1024
 #: Measured divergence over the second-order estimate, on texts that were not calibrated on: their sensitivities exceed the average.
@@ -63,8 +66,8 @@ def predictor(moments: Moments, a_LKHDD: torch.Tensor, rank: int) -> tuple[torch
     cross = moments.cross_FC.double() / count - ff[:, -1:] * delta  # the last feature is the constant 1
     cross = weigh(a_LKHDD, cross, moments.groups)
     ridge = ff + RIDGE * ff.diagonal().mean() * torch.eye(len(ff), dtype=torch.float64)
-    full = torch.linalg.solve(ridge, cross)
     root = torch.linalg.cholesky(ridge).T
+    full = torch.cholesky_solve(cross, root, upper=True)
     explained = root @ full
     u = torch.linalg.eigh(explained @ explained.T)[1][:, -rank:].flip(1)
     return torch.linalg.solve_triangular(root, u, upper=True), u.T @ explained
@@ -98,14 +101,53 @@ def features(embedding_VE: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor
     return torch.cat([e, torch.ones(len(e), 1)], 1)
 
 
-def divergence_scale(moments: Moments, a_LKHDD: torch.Tensor, continued: int) -> float:
+def inverse(a_LKHDD: torch.Tensor) -> torch.Tensor:
+    """A⁻¹ of positive definite matrices, by Cholesky: LAPACK's LU of many small matrices at once is not safe in all builds of torch."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(a_LKHDD))
+
+
+def harm_weights(moments: Moments, a_LKHDD: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """How the sizes of a token's K and V tell the harm of an error in it.
+
+    The harm of white noise in a token's y is g·A⁻²·g; its logarithm is fitted, by ridge regression on standardized features, to the
+    logarithms of the sizes of all heads. A head's share of the harm is taken from its gradient's square and its mean A⁻² (0.99
+    correlated with the exact one, which would need all gradients kept).
+
+    Returns
+    -------
+    weights : float32 [L, K, H], or None without gradients
+        log2 of the harm, up to a constant, is their sum times `classes.log_sizes`.
+    share : float
+        Of the mean harm that is left when errors are distributed by these weights within runs of `RUN_TOKENS` tokens.
+    """
+    if not moments.pulls_LKHT:
+        return None, 1.0
+    ainv, fisher = inverse(a_LKHDD), moments.fisher.double() / moments.fisher_count
+    traces = [(f.diagonal(dim1=-2, dim2=-1)).sum(-1) for f in (ainv @ fisher @ ainv, fisher)]
+    scale = (traces[0] / traces[1].clamp_min(1e-30)).float()
+    sizes = torch.cat([x.flatten(0, 2).T for x in moments.sizes_LKHT]).double()
+    harm = torch.cat([(x * scale[..., None]).sum((0, 1, 2)) for x in moments.pulls_LKHT]).double()
+    log_harm = harm.clamp_min(float(harm.mean()) * 1e-9 + 1e-300).log2()
+    deviation = sizes.std(0, correction=0).clamp_min(1e-6)
+    z = (sizes - sizes.mean(0)) / deviation
+    gram = z.T @ z / len(z) + HARM_RIDGE * torch.eye(z.shape[1], dtype=torch.float64)
+    weights = torch.cholesky_solve(z.T @ (log_harm - log_harm.mean())[:, None] / len(z), torch.linalg.cholesky(gram))[:, 0] / deviation
+    expected, left = sizes @ weights, 0.0
+    for run, told in zip(harm.split(RUN_TOKENS), expected.split(RUN_TOKENS), strict=True):
+        left += float((run * torch.exp2(told.mean() - told)).sum())
+    return weights.view(scale.shape).float(), left / max(float(harm.sum()), 1e-300)
+
+
+def divergence_scale(moments: Moments, a_LKHDD: torch.Tensor, continued: int, share: float) -> float:
     """Nats a continued token for each unit of mean squared coefficient error, over a prefix of 1,024 tokens; 0 without gradients.
+
+    `share` is that of `harm_weights`.
 
     To second order an error e of one token costs ½·eᵀFe nats over the continuation, and e = A⁻¹·(error of y). Reverse water-filling
     leaves y's error nearly white, so that E[eᵀFe] is its mean square times tr(A⁻¹FA⁻¹).
     """
     if not moments.fisher_count:
         return 0.0
-    inverse = torch.linalg.inv(a_LKHDD)
-    trace = (inverse @ (moments.fisher.double() / moments.fisher_count) @ inverse).diagonal(dim1=-2, dim2=-1).sum()
-    return float(OBSERVED * 0.5 * trace * PREFIX_TOKENS / continued)
+    ainv = inverse(a_LKHDD)
+    trace = (ainv @ (moments.fisher.double() / moments.fisher_count) @ ainv).diagonal(dim1=-2, dim2=-1).sum()
+    return float(OBSERVED * 0.5 * share * trace * PREFIX_TOKENS / continued)

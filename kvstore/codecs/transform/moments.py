@@ -13,6 +13,7 @@ from kvstore.errors import LayoutMismatchError
 from kvstore.layout import KVLayout
 
 from ..base import KVSample
+from .classes import log_sizes
 from .groups import Group, gather
 
 #: Positions before this one are attention sinks, whose norms and gradients are nothing like the rest's (FIELD: a thousand times).
@@ -65,6 +66,9 @@ class Moments:
         self.cross_FC = torch.zeros(features, columns)
         self.fisher = torch.zeros(layout.layers, 2, layout.kv_heads, layout.head_dim, layout.head_dim)
         self.fisher_count = 0
+        #: Of each sample with gradients, for its ordinary tokens: `classes.log_sizes`, and the mean square of each head's gradients.
+        self.sizes_LKHT: list[torch.Tensor] = []
+        self.pulls_LKHT: list[torch.Tensor] = []
 
     def add(self, sample: KVSample, x_NC: torch.Tensor, features_NF: torch.Tensor | None) -> None:
         """Take in one sample, its `rows_of` and their features."""
@@ -92,6 +96,9 @@ class Moments:
             g = g_LHTD[:, :, ordinary]
             self.fisher[:, i] += g.transpose(-1, -2) @ g
         self.fisher_count += int(ordinary.sum())
+        mine = [x[:, :, : len(positions)][None, :, :, ordinary] for x in (sample.keys, sample.values)]
+        self.sizes_LKHT.append(log_sizes(*mine)[0].float())
+        self.pulls_LKHT.append(torch.stack([g[:, :, ordinary].float().square().mean(-1) for g in (keys, sample.value_grads)], 1))
 
     @property
     def mean_C(self) -> torch.Tensor:
@@ -103,6 +110,6 @@ class Moments:
         out = Moments.__new__(Moments)
         out.layout, out.groups, out.origin = self.layout, self.groups, self.origin
         out.second = [a + b for a, b in zip(self.second, other.second, strict=True)]
-        for name in ("count", "sum_C", "features_FF", "cross_FC", "fisher", "fisher_count"):
+        for name in ("count", "sum_C", "features_FF", "cross_FC", "fisher", "fisher_count", "sizes_LKHT", "pulls_LKHT"):
             setattr(out, name, getattr(self, name) + getattr(other, name))
         return out

@@ -24,6 +24,7 @@ from kvstore.layout import RATIO_BYTES_PER_VALUE, KVLayout
 
 from ..entropy.book import TOTAL, Book
 from ..profile import Profile
+from . import fit
 from .groups import Group
 from .models import ACTIVE, CLASS_STEPS, CLASSES, OCTAVE, Models
 
@@ -60,6 +61,8 @@ class Projection:
             book = Book(t["models.freq"].numpy().astype(np.uint16), *(t[f"models.{n}"].numpy() for n in ("first", "shift", "escape")))
             self.models = Models(book, t["models.zero"].numpy().astype(np.uint16), t["models.centre"].numpy())
             self.divergence = float(profile.facts["divergence"])
+            # What the sizes of a token's K and V say about the harm of an error in them; None: all tokens alike.
+            self.harm = t["harm"].double() if "harm" in t else None
             self.usual_steps = _usual_steps(self.kappa, self.shape, book)
             # What RoPE multiplies the length of each channel of a key by.
             self._key_scale = torch.ones(layout.head_dim)
@@ -94,7 +97,7 @@ class Projection:
     @cached_property
     def decoders(self) -> list[torch.Tensor]:
         """D of each group, [R, C] in the type of `product_dtype`."""
-        inverse, dtype = torch.linalg.inv(self.weight), product_dtype(self.device.type)
+        inverse, dtype = fit.inverse(self.weight), product_dtype(self.device.type)
         return [(u.double().T @ self._block(g, inverse)).to(self.device, dtype) for g, u in zip(self.groups, self.basis, strict=True)]
 
     @cached_property
