@@ -14,7 +14,8 @@ import pytest_asyncio
 
 from kvstore.block import EncodedBlock
 from kvstore.client import ClientConfig, KvClient
-from kvstore.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from kvstore.client.door import open_door
+from kvstore.errors import AuthenticationError, ConfigError, PermissionDeniedError, TransportError
 from kvstore.metadata import InprocMetadata, InprocState
 from kvstore.node import NodeConfig, StoreNode
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -190,6 +191,16 @@ async def test_the_client_shows_its_token(tmp_path: Path, node: StoreNode, state
         await stranger.admin.list(stranger.nodes()[0])
     for one in (a, b, stranger):
         await one.close()
+
+
+async def test_shared_memory_is_an_admins_where_there_are_tenants(node: StoreNode) -> None:
+    """The arena holds everybody's blocks: through the door a tenant is served its own, copied."""
+    for name, shared in (("team-a", False), ("operators", True)):
+        door = await asyncio.to_thread(open_door, node.record, True, TOKENS[name], 5.0)
+        assert (door.kind == "local") == shared
+        door.close()
+    with pytest.raises((OSError, TransportError)):
+        await asyncio.to_thread(open_door, node.record, True, "nobody's", 5.0)
 
 
 @needs_openssl
