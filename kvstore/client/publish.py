@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: A batch is tried so often on living nodes before it is given up.
 ATTEMPTS = 3
+#: Refused blocks that are remembered, so that what follows them is not sent.
+MAX_REFUSED = 16_384
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 #: Outcome of a block -> reason under which it counts as dropped. The other outcomes mean that the store has it.
@@ -73,6 +75,7 @@ class Publisher:
         self._corrupt = metrics.corrupt_blocks
         self._gauge = metrics.publish_queue_blocks
         self._placement = Placement(host_identity())
+        self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
         self._in_flight = 0
@@ -210,7 +213,11 @@ class Publisher:
             if item.copy_to:
                 if item.copy_to in nodes and len(held) == 1 and held[0].incarnation != item.copy_to:
                     yield nodes[item.copy_to], item
+            elif not held and header.parent in self._refused and not found.get(header.parent):
+                self._refuse(header.key)  # without its parent it would only take room
+                self._drop(1, "no_room")
             elif not held:
+                self._refused.pop(header.key, None)  # asked again, and perhaps wanted now
                 new.append(item)
             elif all(place.fidelity < header.present for place in held):
                 yield nodes[held[0].incarnation], item
@@ -238,12 +245,21 @@ class Publisher:
             log.info("node %s did not take %d blocks: %s", node.address, len(items), error)
             self._membership.suspect(node, "node")
             return items
-        for status in statuses:
+        for item, status in zip(items, statuses, strict=False):
             if status in _DROPPED:
                 self._drop(1, _DROPPED[status])
+            if status == pb.BLOCK_STATUS_RESOURCE_EXHAUSTED:
+                self._refuse(item.block.header.key)
             if status == pb.BLOCK_STATUS_DATA_LOSS:
                 self._corrupt.labels("publish").inc()
         return []
+
+    def _refuse(self, key: bytes) -> None:
+        """The store does not want this block, so none that follows it either."""
+        self._refused[key] = None
+        self._refused.move_to_end(key)
+        while len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
 
     async def _put_through_door(self, node: NodeRecord, items: list[_Item]) -> Sequence[int] | None:
         """A status for each block; None where there is no door, or it failed: gRPC may find some of the blocks there already."""

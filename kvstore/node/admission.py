@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from kvstore.arena.pages import PageAllocator
@@ -12,7 +13,10 @@ from kvstore.eviction.base import EvictionPolicy, Request
 from kvstore.eviction.cluster import is_admitted
 
 from .quotas import QuotaTable
-from .table import BlockTable, Entry, block_info
+from .table import BlockTable, Entry, block_id, block_info
+
+#: Refused blocks that are remembered.
+MAX_REFUSED = 16_384
 
 
 class Admission:
@@ -50,12 +54,30 @@ class Admission:
         self._table = table
         self._page_bytes = page_bytes
         self._drop = drop
+        self._refused: OrderedDict[bytes, None] = OrderedDict()
 
     def refusal(self, header: BlockHeader, request: Request, owner: str, pages: int) -> str | None:
-        """Why a block of `pages` is not admitted, None where it is. A tenant over its quota gives up blocks of its own first."""
+        """Why a block of `pages` is not admitted, None where it is. A tenant over its quota gives up blocks of its own first.
+
+        What follows a block that was refused is refused as well: without its parent it would only take room.
+        """
+        id, parent = block_id(owner, header.key), block_id(owner, header.parent)
+        if parent in self._refused and self._table.get(parent) is None:
+            return self.refused(id, "parent")
         if not self._is_worth(header, request, owner, pages):
-            return "waterline"
-        return None if self._fits_quota(header, owner, pages) else "quota"
+            return self.refused(id, "waterline")
+        if not self._fits_quota(header, owner, pages):
+            return self.refused(id, "quota")
+        self._refused.pop(id, None)
+        return None
+
+    def refused(self, id: bytes, reason: str) -> str:
+        """Remember that the block was refused, by whomever; answers `reason`."""
+        self._refused[id] = None
+        self._refused.move_to_end(id)
+        while len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+        return reason
 
     def _is_worth(self, header: BlockHeader, request: Request, owner: str, pages: int) -> bool:
         """Whether a block would not be the next to leave, here and anywhere. The policy is shown one that is not: it may come back."""

@@ -173,3 +173,17 @@ async def test_a_fault_of_ours_in_one_batch_does_not_end_publishing(caplog):
         bench.client.publish(blocks[2:])
         assert await bench.client.flush(5)
         assert len(set.union(*where(bench))) == 2
+
+
+async def test_what_follows_a_refused_block_is_not_sent():
+    blocks = chain(6)
+    async with Bench(batch_blocks=2) as bench:
+        bench.transport.status = {blocks[3].header.key: pb.BLOCK_STATUS_RESOURCE_EXHAUSTED}
+        bench.client.publish(blocks)
+        assert await bench.client.flush(5)
+        assert set.union(*where(bench)) == {b.header.key for b in blocks[:3]}
+        assert bench.count("publish_dropped", "no_room") == 3
+        bench.transport.status = {}
+        bench.client.publish(blocks)
+        assert await bench.client.flush(5)
+        assert set.union(*where(bench)) == {b.header.key for b in blocks}, "it may be wanted later"

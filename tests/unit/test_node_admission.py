@@ -86,6 +86,21 @@ def test_a_block_below_the_waterline_is_not_admitted_but_remembered() -> None:
     assert node.put(51) is Status.OK, "below no waterline everything is admitted"
 
 
+def test_what_follows_a_refused_block_is_refused_too() -> None:
+    node = Node(4)
+    chain = [block(60 + depth, (PAGE,), key_of(59 + depth) if depth else b"\0" * 32, depth=depth).header for depth in range(7)]
+    request = node.engine.request(512)
+    outcomes = []
+    for header in chain:
+        decision = node.engine.reserve(header, request)
+        outcomes.append(decision if isinstance(decision, Status) else node.engine.commit(decision))
+    assert outcomes == [Status.OK] * 4 + [Status.RESOURCE_EXHAUSTED] * 3, "a prompt larger than the node keeps its beginning"
+    assert node.engine.tally.rejected["parent"] == 2
+    assert node.engine.evict([key_of(63), key_of(62)]) == [Status.OK] * 2
+    again = [node.engine.reserve(header, node.engine.request(512)) for header in (chain[2], chain[3])]
+    assert not any(isinstance(decision, Status) for decision in again), "once there is room it is as welcome as any"
+
+
 def test_the_waterline_is_that_of_all_nodes() -> None:
     node = Node(8)
     order = node.order()
