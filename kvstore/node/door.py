@@ -188,7 +188,11 @@ class Guest:
     def _look(self, body: memoryview) -> tuple[list[Found | None], int]:
         (tokens,) = door.NUMBER.unpack_from(body)
         engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
-        return engine.plan_get(ids, 0, engine.reading(ids, tokens))
+        plan, lease = engine.plan_get(ids, 0, engine.reading(ids, tokens))
+        spill = self._service.spill
+        # What a tier has more of is for a Get call, which reads it there.
+        plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
+        return plan, lease
 
     async def _plan(self, body: memoryview) -> None:
         if len(self._plans) >= MAX_PLANS:
