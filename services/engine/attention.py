@@ -10,6 +10,7 @@ Shape suffixes: N row of the flat batch, Q query head, H KV head, G query heads 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -77,13 +78,15 @@ class Masks:
 class Step:
     """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond them are padding.
 
-    `native` computes all tokens at once, where there is code for them. `layers_seen` proves that every layer came by.
+    `native` computes all tokens at once, where there is code for them. `between` is called after the attention of each layer of tiles,
+    and may run another forward. `layers_seen` proves that every layer came by.
     """
 
     tiles: tuple[Tile, ...] = ()
     tokens: tuple[Token, ...] = ()
     native: Batch | None = None
     masks: Masks = field(default_factory=Masks)
+    between: Callable[[], None] | None = None
     layers_seen: int = 0
 
 
@@ -128,6 +131,8 @@ def attend(
     out_NQD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for tile in step.tiles:
         _attend_tile(module.layer_idx, tile, step.masks, query, key, value, out_NQD, scaling, sliding_window)
+    if step.between is not None:
+        step.between()
     return out_NQD[None], None
 
 

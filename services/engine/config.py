@@ -45,7 +45,7 @@ class EngineConfig:
     prefill_tiles : int
         Most tiles of prompt computed in one step when nobody waits for a token.
     busy_prefill_tiles : int
-        The same while streams are running; it bounds the gap between two of their tokens.
+        The same while streams are running; it bounds how late a cancellation or a deadline is noticed.
     store_floor_s, store_ceiling_s : float
         Bounds of the time that a request may spend on the store; between them it is half of what recomputing would take.
     always_fetch : bool
@@ -70,7 +70,7 @@ class EngineConfig:
     max_live_tokens: int = 0
     max_context: int = 0
     prefill_tiles: int = 4
-    busy_prefill_tiles: int = 1
+    busy_prefill_tiles: int = 2
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0
     always_fetch: bool = False

@@ -25,6 +25,8 @@ from .runner import NextToken, PromptTile, Runner
 from .scheduler import Entry, Plan, Scheduler
 from .writer import BlockWriter, Chain
 
+#: While streams run, a prefill step pauses for a decode step whenever it has taken so many times as long as one.
+PREFILL_SLICE = 2.5
 #: Longest sleep without work, so that deadlines of waiting requests are noticed.
 IDLE_S = 0.05
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Core:
         self._jobs: dict[str, Job] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._decoded_at = self._decode_s = 0.0
         self._stopping: float | None = None
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -146,12 +149,15 @@ class Core:
                 self._decode(plan)
         except Exception as error:
             log.exception("a step failed")
-            if not isinstance(error, ConcertinaError):
-                error = ConcertinaError(f"the model failed in a step: {type(error).__name__}; the request can be sent again")
-            for id_ in dict.fromkeys([span[0] for span in plan.prefill] + list(plan.decode)):
-                if id_ in self._jobs:
-                    self._fail(self._jobs[id_], error)
+            self._fail_all([span[0] for span in plan.prefill] + list(plan.decode), error)
         self._note_memory()
+
+    def _fail_all(self, ids: list[str], error: Exception) -> None:
+        if not isinstance(error, ConcertinaError):
+            error = ConcertinaError(f"the model failed in a step: {type(error).__name__}; the request can be sent again")
+        for id_ in dict.fromkeys(ids):
+            if id_ in self._jobs:
+                self._fail(self._jobs[id_], error)
 
     def _prefill(self, plan: Plan) -> None:
         began = self._clock.now()
@@ -163,7 +169,7 @@ class Core:
             tiles.append(PromptTile(job.kv, start, job.spec.tokens[start:stop], logits=whole, press=job.watcher))
             if whole:
                 finished.append(job)
-        logits = self._runner.prefill(tiles)
+        logits = self._runner.prefill(tiles, self._decode_within)
         for id_, start, stop in plan.prefill:
             self._scheduler.computed(id_, stop)
             self._came(self._jobs[id_], start, stop)
@@ -173,13 +179,34 @@ class Core:
         self._rates.prefilled(len(tiles) * self._runner.tile, self._clock.now() - began)
 
     def _decode(self, plan: Plan) -> None:
-        jobs = self._with_room([self._jobs[id_] for id_ in plan.decode])
+        self._advance(self._with_room([self._jobs[id_] for id_ in plan.decode]))
+
+    def _decode_within(self) -> None:
+        """In the middle of a prefill step: decode, if it is time.
+
+        Nobody gives way to others here, since the pages of who is being computed are written to; who lacks a page waits for the step's
+        end.
+        """
+        if self._clock.now() - self._decoded_at < PREFILL_SLICE * self._decode_s:
+            return
+        jobs = [job for job in map(self._jobs.__getitem__, self._scheduler.next_decode()) if self._has_room(job)]
+        try:
+            self._advance(jobs)
+        except Exception as error:
+            log.exception("a decode step within a prefill step failed")
+            self._fail_all([job.id for job in jobs], error)
+
+    def _advance(self, jobs: list[Job]) -> None:
+        """Compute the next token of each; all have room for it."""
         if not jobs:
             return
+        began = self._clock.now()
         self._metrics.batch_size.observe(len(jobs))
         logits = self._runner.decode([NextToken(job.kv, job.output[job.step - 1], job.position, job.watcher) for job in jobs])
         for row, job in enumerate(jobs):
             self._next_token(job, logits[row])
+        self._decoded_at = self._clock.now()
+        self._decode_s = self._decoded_at - began
 
     def _next_token(self, job: Job, logits) -> None:
         """Choose, tell, and end the job or make room for its next token."""

@@ -7,7 +7,7 @@ is always computed in tiles of `tile` tokens at multiples of `tile`, the last on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -72,8 +72,10 @@ class Runner:
         self._masks = Masks()
 
     @torch.inference_mode()
-    def prefill(self, tiles: Sequence[PromptTile]) -> torch.Tensor:
+    def prefill(self, tiles: Sequence[PromptTile], between: Callable[[], None] | None = None) -> torch.Tensor:
         """Compute tiles, as many as one of `shapes.tiles`; several of one prompt must be in order.
+
+        `between` is called in each layer, and may decode: forwards keep nothing in the model, so one may run within another.
 
         Returns
         -------
@@ -89,7 +91,7 @@ class Runner:
             spans.append(Tile(part.kv, row, part.start, self.tile, count, part.press))
             if part.logits:
                 wanted.append(row + count - 1)
-        return self._forward(ids, positions, wanted, Step(tiles=tuple(spans), masks=self._masks))
+        return self._forward(ids, positions, wanted, Step(tiles=tuple(spans), masks=self._masks, between=between))
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[NextToken]) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Which requests run in the next step. No tensors, no time, no threads: the same calls give the same plans.
 
 Requests wait in order of arrival, enter while there are slots, have their prompts computed tile by tile and then take part in every
-decode step. While anybody decodes, at most one prefill step comes between two decode steps, so that a stream's
-longest gap is one such step and not one prompt.
+decode step. While anybody decodes, at most one prefill step comes between two decode steps of the plan; the model's thread decodes
+within a long one as well (`next_decode`), so that a stream's gaps are those of a few decode steps.
 """
 
 from __future__ import annotations
@@ -75,15 +75,20 @@ class Scheduler:
         while self.waiting and len(self.running) < self.slots:
             id_, entry = self.waiting.popitem(last=False)
             self.running[id_] = entry
-        decode = [e.id for e in self.running.values() if e.decoding]
+        decode = any(e.decoding for e in self.running.values())
         prefill = [e for e in self.running.values() if not e.decoding]
         if prefill and not (decode and self._prefilled):
             self._prefilled = True
             return Plan(prefill=self._spans(prefill, self.busy_tiles if decode else max(self.tiles)))
         self._prefilled = False
+        return Plan(decode=self.next_decode())
+
+    def next_decode(self) -> tuple[str, ...]:
+        """Who decodes next; where they are too many for one step, they take turns."""
+        decode = [e.id for e in self.running.values() if e.decoding]
         for id_ in decode[: self.rows] if len(decode) > self.rows else ():
             self.running.move_to_end(id_)
-        return Plan(decode=tuple(decode[: self.rows]))
+        return tuple(decode[: self.rows])
 
     def _spans(self, prefill: list[Entry], most: int) -> tuple[tuple[str, int, int], ...]:
         """The next tiles, first come first served: the largest allowed number that there is work for."""

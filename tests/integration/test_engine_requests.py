@@ -127,7 +127,7 @@ async def test_a_step_that_fails_ends_its_requests_and_no_others(model):
     async with running(model) as engine:
         whole = engine._runner.prefill
 
-        def broken(tiles):
+        def broken(tiles, between):
             engine._runner.prefill = whole
             raise MemoryError("no room")
 

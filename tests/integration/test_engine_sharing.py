@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 def prefilled(engine) -> list[int]:
     """Notes how many tiles each step computes."""
     steps, whole = [], engine._runner.prefill
-    engine._runner.prefill = lambda tiles: (steps.append(len(tiles)), whole(tiles))[1]
+    engine._runner.prefill = lambda tiles, between: (steps.append(len(tiles)), whole(tiles, between))[1]
     return steps
 
 
@@ -113,3 +113,22 @@ async def test_cancelled_requests_give_their_pages_back_whatever_they_wait_for(m
                 await asyncio.sleep(0.01)
     assert len(tokens) == 5
     assert not engine._seating._prefixes._live and not engine._seating._prefixes._coming
+
+
+async def test_streams_go_on_in_the_middle_of_a_prefill_step(model):
+    async with running(model) as engine:
+        want, _ = await answer(engine, spec(prompt(30), 60))
+        late = spec(prompt(400, seed=1), 3, cache_mode=CacheMode.BYPASS)
+        want_late, _ = await answer(engine, late)
+        steps, whole = [], engine._runner.decode
+        engine._runner.decode = lambda rows: (steps.append("decode"), whole(rows))[1]
+        prefill = engine._runner.prefill
+        engine._runner.prefill = lambda tiles, between: (steps.append("("), prefill(tiles, between), steps.append(")"))[1]
+        engine._core._decode_s = -1.0  # it is always time
+        stream = engine.generate(spec(prompt(30), 60, cache_mode=CacheMode.BYPASS))
+        first = await anext(stream)
+        task = asyncio.create_task(answer(engine, late))
+        rest = [token async for delta in stream for token in delta.tokens]
+        assert (await task)[0] == want_late
+    assert first.tokens + rest == want
+    assert "(decode" in "".join(steps)
