@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -11,12 +10,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .seeds import remember
-from .world import Result, simulate
+from .world import Result, simulate, warm_up
 
 
 def main() -> int:
@@ -48,16 +48,12 @@ def main() -> int:
 
 def _results(seeds: range, jobs: int) -> Iterator[Result]:
     if jobs == 1:
-        yield from map(_simulate, seeds)
+        warm_up()
+        yield from map(simulate, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_simulate, seeds, chunksize=8)
-
-
-def _simulate(seed: int) -> Result:
-    result = simulate(seed)
-    gc.freeze()  # modules and blocks are here to stay: the collector need not look at them after every seed
-    return result
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=warm_up) as pool:
+        yield from pool.map(simulate, seeds, chunksize=8)
 
 
 def _progress(results: Iterator[Result], total: int) -> Iterator[Result]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +45,14 @@ def test_the_runs_are_worth_something() -> None:
     assert counts["fault"] > 30
     assert counts["blocks served"] > 300
     assert all(counts[rpc] > 5 for rpc in ("Get", "Put", "Pin", "Unpin", "Lookup", "Release", "Evict"))
+
+
+def test_many_seeds_run_by_command_on_two_cores() -> None:
+    command = [sys.executable, "-m", "tests.sim", "--n", "4", "--seed", "1", "--jobs", "2", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    summary = json.loads(done.stdout)
+    assert (summary["seeds"], summary["violations"]) == (4, 0)
+    assert summary["events"] > 100
 
 
 def test_a_program_that_waits_for_nothing_is_found_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ class Result:
     seconds: float
     counts: Counter[str]
     violations: list[str]
+
+
+def warm_up() -> None:
+    """Once a process, before many runs: modules and blocks are here to stay, so the collector need not look at them after every seed."""
+    prompts()
+    gc.freeze()
 
 
 def simulate(seed: int) -> Result:
