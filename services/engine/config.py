@@ -51,7 +51,7 @@ class EngineConfig:
     always_fetch : bool
         Fetch even where recomputing has been measured to be quicker; for measurements and tests.
     publish_queue_blocks : int
-        Blocks that may wait to be encoded; more are dropped.
+        Blocks that may wait to be encoded, at most a quarter of the live cache; more are dropped.
     publish_share : float
         Most of the model's time that encoding may take while requests are running.
     """

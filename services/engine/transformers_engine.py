@@ -144,7 +144,9 @@ class TransformersEngine(Engine):
             def claim(keys, answer) -> None:
                 asyncio.run_coroutine_threadsafe(client.claim(keys), loop).add_done_callback(lambda done: answer(_ours(done, len(keys))))
 
-            writer = BlockWriter(codec, claim, deliver, config.publish_queue_blocks, config.publish_share, self.metrics, self._clock)
+            # What waits to be encoded holds its pages: it is shed before requests have to wait for them.
+            limit = min(config.publish_queue_blocks, max(1, self._runner.pool.pages.total // 4))
+            writer = BlockWriter(codec, claim, deliver, limit, config.publish_share, self.metrics, self._clock)
         scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
         return Core(self._runner, scheduler, prefixes, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
 
