@@ -128,11 +128,12 @@ async def test_a_spilled_block_can_be_pinned_evicted_and_cleared(tmp_path: Path)
         gone = [key for key in KEYS if node.engine.table.get(key) is None]
         assert list((await stub.Pin(pb.PinRequest(keys=gone[:1], ttl_seconds=60))).statuses) == [OK]
         assert list((await stub.Evict(pb.EvictRequest(keys=[gone[0], gone[1], gone[1]]))).statuses)[1:] == [OK, NOT_FOUND]
-        assert await get(stub, [gone[1]]) == [b""]
         await stub.Unpin(pb.UnpinRequest(keys=gone[:1]))
+        await until(lambda: len(state.holders) == len(BLOCKS) - 1)
+        assert await get(stub, [gone[1]]) == [b""]
         assert (await stub.Clear(pb.ClearRequest())).blocks == len(BLOCKS) - 1
-        assert not any(await get(stub, KEYS))
         await until(lambda: not state.holders)
+        assert not any(await get(stub, KEYS))
         await node.spill.levels[0].flush()
         assert node.spill.levels[0].tier.used_bytes == 0
 

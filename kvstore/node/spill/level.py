@@ -81,7 +81,7 @@ class Level:
         Records that may wait to be written; a block that comes on top is not spilled.
     clock : Clock
     changed : callable
-        Told the key of each block that came or went without the caller's doing.
+        Told the key of each block whose presence changed, but for those that are offered.
     """
 
     def __init__(
@@ -139,6 +139,15 @@ class Level:
         self._policy.removed(id)
         self._writing.pop(id, None)
         self._queue(self.tier.drop, id, done=self._removed)
+        return True
+
+    def forget(self, id: bytes) -> bool:
+        """The same on its owner's word; the index is told."""
+        entry = self.entries.get(id)
+        if entry is None:
+            return False
+        self.remove(id)
+        self._changed(entry.key)
         return True
 
     async def read(self, id: bytes) -> EncodedBlock | None:

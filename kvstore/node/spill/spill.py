@@ -63,7 +63,7 @@ class Spill:
 
     def forget(self, id: bytes) -> bool:
         """Drop every copy of a block. Returns whether there was one."""
-        return sum(level.remove(id) for level in self.levels) > 0
+        return sum(level.forget(id) for level in self.levels) > 0
 
     def find(self, id: bytes) -> Spilled | None:
         """A block that can be read."""
