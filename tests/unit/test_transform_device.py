@@ -70,7 +70,7 @@ def test_the_cells_are_those_of_the_native_loops_bit_for_bit():
     keys, values, ids = make_tensors(layout, 24, 9, 24)
     payloads = codec._parsed(codec._stored(codec.encode(keys, values, start=24, tokens=ids), None), 1)
     projection = Projection.of(codec.profile, layout)
-    decoder = BlockDecoder.of(projection.models, 24, payloads)
+    ((_, decoder),) = BlockDecoder.of(projection.models, 24, payloads).parts
     kappa, shape = projection.kappa[0], projection.shape[0]
     cells = device._Cells(projection.models, decoder.ladder, kappa, shape, decoder.words[0], 24, torch.device("cpu"))
     device._decode_passes(CpuCoder(projection.models.book), [cells], 0)
