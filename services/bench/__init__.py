@@ -12,6 +12,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     "codecs": ("services.bench.codecs", "encode and decode of every codec, against a memory copy and the model's own prefill"),
     "eviction": ("services.bench.eviction", "live nodes against the replay, a working set that outgrows memory, and puts under eviction"),
     "index": ("services.bench.index", "what the index of a million blocks costs Redis, in bytes and time"),
+    "peers": ("services.bench.peers", "this store beside those of LMCache and Mooncake, where their wheels are installed, and Redis"),
     "serving": ("services.bench.serving", "the engine beside plain transformers and vLLM, and what gRPC and HTTP cost; --load: overload"),
     "spill": ("services.bench.spill", "blocks written to, read from and found again in the tiers behind an arena"),
     "store": ("services.bench.store", "get and put by gRPC, TCP and shared memory beside plain copies and Redis; lookups; delivery"),

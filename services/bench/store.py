@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kvstore.settings import format_size, parse_size
 
 from .base import Result, log, relative_speed
 from .stores import lookup
-from .stores.party import party
+from .stores.party import Party, party
 
 STORES = ("memory", "plain_tcp", "redis", "grpc", "tcp", "same_host")
 #: Against these all others are put into proportion.
@@ -88,14 +89,19 @@ def _values(result: Result, redis_url: str) -> None:
     for clients, size in cases:
         log(f"{clients} client(s), {where['values']} values of {format_size(size)} each")
         with party(STORES, {"redis": redis_url}, clients=clients, count=where["values"], size_bytes=size) as guests:
-            samples: dict[str, list[float]] = {f"{store}.{way}": [] for way in ("put", "get") for store in STORES}
-            for number in range(-result.warm_up, where["rounds"]):
-                for name, seconds in samples.items():
-                    store, _, way = name.partition(".")
-                    took = guests.move(way, store)
-                    if number >= 0:
-                        seconds.append(took)
-            _account(result, samples, clients, size, guests.total_bytes)
+            take_turns(result, guests, STORES, clients, size)
+
+
+def take_turns(result: Result, guests: Party, stores: Sequence[str], clients: int, size: int) -> None:
+    """Let every store put and get, round after round, and add the samples, rows and ratios to `result`."""
+    samples: dict[str, list[float]] = {f"{store}.{way}": [] for way in ("put", "get") for store in stores}
+    for number in range(-result.warm_up, result.configuration["rounds"]):
+        for name, seconds in samples.items():
+            store, _, way = name.partition(".")
+            took = guests.move(way, store)
+            if number >= 0:
+                seconds.append(took)
+    _account(result, samples, clients, size, guests.total_bytes)
 
 
 def _account(result: Result, samples: dict[str, list[float]], clients: int, size: int, total_bytes: int) -> None:
@@ -127,14 +133,15 @@ def render(result: Result) -> str:
     """The tables for people."""
     lines = []
     moved = [row for row in result.rows if "store" in row]
+    stores = list(dict.fromkeys(row["store"] for row in moved))
     if moved:
-        lines.append("clients  value    " + "".join(f"{name:>22}" for name in STORES) + "   GB/s put / get")
+        lines.append("clients  value    " + "".join(f"{name:>22}" for name in stores) + "   GB/s put / get")
     for case in dict.fromkeys((row["clients"], row["value_bytes"]) for row in moved):
         rates = {(r["store"], r["operation"]): r for r in moved if (r["clients"], r["value_bytes"]) == case}
-        cells = [f"{rates[name, 'put']['gb_per_s']:.2f} / {rates[name, 'get']['gb_per_s']:.2f}" for name in STORES]
+        cells = [f"{rates[name, 'put']['gb_per_s']:.2f} / {rates[name, 'get']['gb_per_s']:.2f}" for name in stores]
         lines.append(f"{case[0]:>7}  {format_size(case[1]):<9}" + "".join(f"{cell:>22}" for cell in cells))
         for yard in YARDSTICKS:
-            ratios = [(rates[name, "put"].get(f"to_{yard}"), rates[name, "get"].get(f"to_{yard}")) for name in STORES]
+            ratios = [(rates[name, "put"].get(f"to_{yard}"), rates[name, "get"].get(f"to_{yard}")) for name in stores]
             texts = ["" if None in pair else f"{pair[0]:.2f} / {pair[1]:.2f}" for pair in ratios]
             lines.append(f"         ÷ {yard:<10}"[:18] + "".join(f"{text:>22}" for text in texts))
     for row in result.rows:

@@ -31,3 +31,11 @@ def test_quick_run_of_values_and_lookups(capsys):
     looked = json.loads(capsys.readouterr().out)
     assert {row["lookup_blocks"] for row in looked["rows"]} == {10, 16, 100, 2000}
     assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in looked["rows"])
+
+
+def test_peers_that_are_not_installed_are_named(capsys):
+    assert main(["bench", "peers", "--quick", "--sizes", "64KiB", "--values", "2", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    present = {row["store"] for row in result["rows"]}
+    for name in ("lmcache", "mooncake"):
+        assert (name in present) != (name in result["configuration"]["left_out"])

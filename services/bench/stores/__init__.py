@@ -17,6 +17,8 @@ STORES: dict[str, str] = {
     "grpc": "services.bench.stores.concertina:ByGrpc",
     "tcp": "services.bench.stores.concertina:ByTcp",
     "same_host": "services.bench.stores.concertina:OnSameHost",
+    "lmcache": "services.bench.stores.lmcache:LmCache",
+    "mooncake": "services.bench.stores.mooncake:Mooncake",
 }
 
 

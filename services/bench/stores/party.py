@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from kvstore.errors import TransportError
 
-_STOP_S = 10.0
+_READY_S, _STOP_S = 60.0, 10.0
 #: What a node's arena has on top of the blocks: headers are elsewhere, but no node likes to be full.
 ROOM = 1.25
 
@@ -70,8 +72,32 @@ def servers(redis_url: str, *, arena_bytes: int, copy_bytes: int) -> Iterator[di
         yield {"node": json.loads(_first_line(node))["address"], "plain_tcp_port": int(_first_line(plain))}
 
 
-def _start(stack: ExitStack, command: list[str]) -> subprocess.Popen:
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@contextmanager
+def working(command: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
+    """A server that is ended after the block."""
+    with ExitStack() as stack:
+        yield _start(stack, command, environment)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_port(port: int) -> None:
+    """Until somebody listens there. Raises TransportError after a minute."""
+    until = time.monotonic() + _READY_S
+    while time.monotonic() < until:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise TransportError(f"nothing listens on port {port} after {_READY_S:.0f} s")
+
+
+def _start(stack: ExitStack, command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     stack.callback(_stop, process)
     return process
 
