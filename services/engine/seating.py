@@ -56,7 +56,8 @@ class Seating:
                 return Take.LATER
             kv.adopt([block.page for block in blocks])
             prefix.adopt(blocks[-1].provenance if blocks else prefix.provenance, len(blocks), size)
-            if self._reserve(kv, len(job.spec.tokens) + 1):
+            said = 0 if job.press else len(job.output)  # it gave way before, and will want that much again
+            if self._reserve(kv, len(job.spec.tokens) + said + 1):
                 return Take.TAKEN
             self._prefixes.withdraw(job.id)
             kv.release()
