@@ -64,8 +64,8 @@ class Seating:
             return Take.NO_ROOM
 
         def undo() -> None:
+            self._prefixes.end(job.id)  # first, so that nobody is led to pages that are free
             kv.release()
-            self._prefixes.end(job.id)
 
         async with self.admission.room(job.order, take, undo):
             try:
