@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable
+from heapq import heappop, heappush
 
 from .queues import SlotQueues
 
@@ -53,6 +54,7 @@ class Candidates:
         self._listed = bytearray()
         self._prices: list[float] = []
         self._ends: list[int] = []
+        self._heap: list[tuple[float, int]] = []
         self._dirty: set[int] = set()
         self._priced_at = float("-inf")
 
@@ -103,17 +105,24 @@ class Candidates:
 
     def cheapest(self, now: float) -> tuple[float, int] | None:
         """Price and slot of the cheapest end of any group; None when nothing is listed."""
+        heap, prices = self._heap, self._prices
         if now - self._priced_at >= self._refresh_s:
             self._priced_at = now
             self._dirty.update(range(len(self._groups)))
+            heap.clear()
+        elif len(heap) > 8 * len(prices) + 256:
+            heap[:] = sorted((prices[number], number) for number in range(len(prices)) if self._ends[number] >= 0)
         for number in self._dirty:
             self._reprice(number, now)
+            if self._ends[number] >= 0:
+                heappush(heap, (prices[number], number))
         self._dirty.clear()
-        if not self._prices:
-            return None
-        price = min(self._prices)
-        slot = self._ends[self._prices.index(price)]
-        return None if slot < 0 else (price, slot)
+        while heap:
+            price, number = heap[0]
+            if prices[number] == price:
+                return price, self._ends[number]
+            heappop(heap)  # the group was priced again since
+        return None
 
     def _reprice(self, number: int, now: float) -> None:
         group = self._groups[number]

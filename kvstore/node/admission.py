@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 
 from kvstore.arena.pages import PageAllocator
@@ -14,9 +13,6 @@ from kvstore.eviction.cluster import is_admitted
 
 from .quotas import QuotaTable
 from .table import BlockTable, Entry, block_id, block_info
-
-#: Refused blocks that are remembered.
-MAX_REFUSED = 16_384
 
 
 class Admission:
@@ -54,29 +50,23 @@ class Admission:
         self._table = table
         self._page_bytes = page_bytes
         self._drop = drop
-        self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._refused: tuple[bytes, int] | None = None  # the last block, and its request
 
     def refusal(self, header: BlockHeader, request: Request, owner: str, pages: int) -> str | None:
         """Why a block of `pages` is not admitted, None where it is. A tenant over its quota gives up blocks of its own first.
 
-        What follows a block that was refused is refused as well: without its parent it would only take room.
+        What follows a block that was refused a moment ago is refused as well: without its parent it would only take room.
         """
         id, parent = block_id(owner, header.key), block_id(owner, header.parent)
-        if parent in self._refused and self._table.get(parent) is None:
-            return self.refused(id, "parent")
+        if self._refused == (parent, request.seq):
+            return self.refused(id, request, "parent")
         if not self._is_worth(header, request, owner, pages):
-            return self.refused(id, "waterline")
-        if not self._fits_quota(header, owner, pages):
-            return self.refused(id, "quota")
-        self._refused.pop(id, None)
-        return None
+            return self.refused(id, request, "waterline")
+        return None if self._fits_quota(header, owner, pages) else self.refused(id, request, "quota")
 
-    def refused(self, id: bytes, reason: str) -> str:
-        """Remember that the block was refused, by whomever; answers `reason`."""
-        self._refused[id] = None
-        self._refused.move_to_end(id)
-        while len(self._refused) > MAX_REFUSED:
-            self._refused.popitem(last=False)
+    def refused(self, id: bytes, request: Request, reason: str) -> str:
+        """Note that the request's block was refused, by whomever; answers `reason`."""
+        self._refused = id, request.seq
         return reason
 
     def _is_worth(self, header: BlockHeader, request: Request, owner: str, pages: int) -> bool:

@@ -138,7 +138,7 @@ class NodeEngine:
                 self._release(parent)
             if not isinstance(error, CapacityError):
                 raise
-            return self._reject(self.admission.refused(id, "no_room"))
+            return self._reject(self.admission.refused(id, request, "no_room"))
         reservation = Reservation(id, owner, header, [self.allocator.alloc(count) for count in needs], request, parent)
         self._writing[id] = reservation
         self.changes += 1
