@@ -188,9 +188,10 @@ class Projection:
         Parameters
         ----------
         lost : float
-            Sum of squared errors of the block's `count` coefficients.
+            Sum of squared errors of the block's `count` coefficients, as `BlockEncoder.lost` counts them.
         """
-        return self.divergence * lost / max(count, 1)
+        second_order = self.divergence * lost / max(count, 1)
+        return fit.AGREES_AT * (second_order / fit.AGREES_AT) ** fit.GROWTH
 
     def guess(self, ratio: float) -> int:
         """Step index at which a block usually meets `ratio`, for the search to start from."""
