@@ -6,11 +6,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-import numpy as np
-
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.errors import CorruptBlockError
 
+from .buffers import Buffers
 from .frames import GetFrame, parse_get
 
 #: `BlockStatus.BLOCK_STATUS_OK`
@@ -26,13 +25,16 @@ class BlockReader:
         Serialized `GetResponse` messages.
     offload_bytes : int
         Payloads from this size on are verified in a thread.
+    buffers : Buffers, optional
+        Where payloads of several frames are put together; memory of their own by default.
     """
 
-    def __init__(self, messages: AsyncIterator[bytes], offload_bytes: int) -> None:
+    def __init__(self, messages: AsyncIterator[bytes], offload_bytes: int, buffers: Buffers | None = None) -> None:
         self.bytes_read = 0
         self._messages = messages
         self._parsed: deque[GetFrame] = deque()
         self._offload_bytes = offload_bytes
+        self._buffers = buffers or Buffers(0)
 
     async def read(self, number: int, accept: Callable[[BlockHeader], bool]) -> EncodedBlock | None:
         """The next block, which must be the call's `number`-th.
@@ -69,7 +71,7 @@ class BlockReader:
         """All payload bytes of a block. Those of a single frame are used where they lie."""
         if len(piece) == size:
             return piece
-        buffer, at = memoryview(np.empty(size, np.uint8)), 0
+        buffer, at = self._buffers.take(size), 0
         while True:
             if len(piece) > size - at:
                 raise CorruptBlockError(f"more payload came than the header's {size} bytes")

@@ -32,6 +32,7 @@ MAX_BATCH_KEYS = 512
 #: Blocks are sent together up to here, and messages are received together up to there.
 SENT_BYTES, RECEIVED_BYTES = 1 << 20, 64 << 10
 MAX_IOV = 512
+MAPPED_AT_ONCE_BYTES = 4 << 30
 OK = 1
 _PEER = struct.Struct("3i")
 _TIME = struct.Struct("@qq")  # seconds, microseconds
@@ -46,9 +47,8 @@ class Door:
     """An open connection. Made by `open_door`; every method raises OSError or TransportError when the node is gone or late."""
 
     def __init__(self, peer: socket.socket, arena: np.ndarray | None) -> None:
-        self.kind = "tcp" if arena is None else "local"
+        self.arena = arena
         self._peer = peer
-        self._arena = arena
         self._deadline = 0.0
         self._inbox = memoryview(bytearray(RECEIVED_BYTES))
         self._start = self._stop = 0
@@ -85,7 +85,7 @@ class Door:
             For bytes that do not certify themselves; the blocks before it have been taken.
         """
         self._deadline = time.monotonic() + timeout_s
-        way = self._read_stream if self._arena is None else self._read_shared
+        way = self._read_stream if self.arena is None else self._read_shared
         return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
@@ -163,7 +163,7 @@ class Door:
         """One block out of the arena, every layer's CRC compared."""
         if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        arena, view = self._arena, memory.take(header.payload_bytes)
+        arena, view = self.arena, memory.take(header.payload_bytes)
         whole, at, parts = np.frombuffer(view, np.uint8), 0, []
         for number, row in enumerate(header.rows[: header.present], 1):
             start, crc = at, 0
@@ -298,7 +298,10 @@ def _check_user(peer: socket.socket) -> None:
 
 
 def _welcome(peer: socket.socket) -> np.ndarray | None:
-    """The answer to HELLO; the arena, uint8 [bytes], if the node shares it. The pages are mapped at once, not at each first touch."""
+    """The answer to HELLO; the arena, uint8 [bytes], if the node shares it.
+
+    The pages of a small arena are mapped at once rather than each at its first touch, which halves the speed of the first copies.
+    """
     size = door.FRAME.size + door.ARENA.size
     answer, descriptors, _, _ = socket.recv_fds(peer, size, 1) if peer.family == socket.AF_UNIX else (b"", [], 0, None)
     try:
@@ -315,8 +318,8 @@ def _welcome(peer: socket.socket) -> np.ndarray | None:
             return None
         if os.fstat(descriptors[0]).st_size != arena_bytes:
             raise TransportError("the node's memory is not as large as it says")
-        shared = mmap.mmap(descriptors[0], arena_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-        return np.frombuffer(shared, np.uint8)
+        at_once = mmap.MAP_POPULATE if arena_bytes <= MAPPED_AT_ONCE_BYTES else 0
+        return np.frombuffer(mmap.mmap(descriptors[0], arena_bytes, flags=mmap.MAP_SHARED | at_once, prot=mmap.PROT_READ), np.uint8)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
 from kvstore.arena import host_identity
 from kvstore.clock import Clock
 from kvstore.errors import ConcertinaError, CorruptBlockError
@@ -48,6 +50,7 @@ class Doors:
         self._clock = clock
         self._here = host_identity()
         self._idle: defaultdict[str, list[Door]] = defaultdict(list)
+        self._arenas: dict[str, np.ndarray] = {}  # the memory of nodes on this host, mapped once for all doors
         self._shut_until: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="door")
         self._closed = False
@@ -85,6 +88,8 @@ class Doors:
         for gone in set(self._idle) - incarnations:
             for door in self._idle.pop(gone):
                 door.close()
+        for gone in set(self._arenas) - incarnations:
+            del self._arenas[gone]
         self._shut_until = {i: until for i, until in self._shut_until.items() if i in incarnations}
 
     def close(self) -> None:
@@ -99,6 +104,8 @@ class Doors:
             door = idle.pop()
         except IndexError:
             door = open_door(node, way == "local", self._token, OPEN_TIMEOUT_S)
+            if door.arena is not None:
+                door.arena = self._arenas.setdefault(node.incarnation, door.arena)
         try:
             outcome = work(door)
         except BaseException:

@@ -245,7 +245,7 @@ class Fetcher:
         reader, position = None, positions[0]
         try:
             async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as messages:
-                reader = BlockReader(messages, self._config.offload_bytes)
+                reader = BlockReader(messages, self._config.offload_bytes, self._buffers)
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return
