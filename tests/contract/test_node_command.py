@@ -56,6 +56,17 @@ def test_ready_serve_end(node) -> None:
     assert process.wait(15) == 0
 
 
+@pytest.mark.parametrize(("listen", "warned"), [("127.0.0.1:0", False), ("0.0.0.0:0", True)])
+def test_plain_text_beyond_this_machine_is_said(listen: str, warned: bool) -> None:
+    process = spawn("--arena", "8MiB", "--listen", listen)
+    try:
+        assert json.loads(process.stdout.readline())["ready"]
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert ("plain text" in err) == warned
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -68,6 +79,11 @@ def test_ready_serve_end(node) -> None:
         (["--page-bytes", "1000"], "power of two"),
         (["--redis", "http://x"], "redis://"),
         (["--id", "a b"], "letters"),
+        (["--spill", "/tmp"], "--spill-bytes"),
+        (["--spill", "/dev/null/x", "--spill-bytes", "1MiB"], "--spill"),
+        (["--credentials", "/no/such/file"], "credentials"),
+        (["--tls-cert", "/no/such/file", "--tls-key", "/no/such/file"], "--tls-cert"),
+        (["--tls-client-ca", "/dev/null"], "--tls-cert"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_mend(arguments: list[str], word: str) -> None:
