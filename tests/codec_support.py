@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 
 from kvstore.codecs import Codec, KVSample, calibrate, codec_class, create
 from kvstore.layout import KVLayout, RopeSpec
+from kvstore.rope import LayeredRope, rope_from_config
 
 VOCABULARY = 40
 
@@ -16,6 +18,16 @@ def rope(dim: int, scale: float = 1.0, interleaved: bool = False) -> RopeSpec:
     return RopeSpec(tuple(10_000.0 ** (-2 * i / dim) for i in range(dim // 2)), scale, interleaved)
 
 
+#: What Llama 3.1's scaling makes of the slow pairs.
+LLAMA3 = rope_from_config(
+    SimpleNamespace(
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    64, 2,
+)  # fmt: skip
 LAYOUTS = {
     "mha": KVLayout(3, 4, 32, torch.bfloat16, rope(32)),
     "gqa fp16": KVLayout(4, 2, 64, torch.float16, rope(64)),
@@ -25,6 +37,8 @@ LAYOUTS = {
     "yarn, interleaved": KVLayout(2, 2, 64, torch.float16, rope(64, 1.2, True)),
     "wide head": KVLayout(2, 1, 256, torch.bfloat16, rope(256)),
     "one layer": KVLayout(1, 1, 32, torch.float32, rope(32)),
+    "llama 3 rope": KVLayout(2, 2, 64, torch.bfloat16, LLAMA3),
+    "a rope a layer": KVLayout(3, 1, 32, torch.float16, LayeredRope((rope(32), rope(32, 1.3), rope(32)))),
     "128 layers": KVLayout(128, 1, 16, torch.bfloat16, rope(16)),
 }
 

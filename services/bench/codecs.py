@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvstore.codecs import Codec, EncodedBlock, Profile, codec_class, create, names
+from kvstore.codecs import Codec, EncodedBlock, KVSample, Profile, calibrate, codec_class, create, names
 from kvstore.errors import ConfigError
 
-from .base import Result, relative_speed, take_turns
+from .base import Result, log, relative_speed, take_turns
 
 _SEED = 0
+#: Tokens of a profile that is learnt for this benchmark alone, and of one window of them.
+_LEARNT_TOKENS, _WINDOW = 4096, 512
 #: Options of each codec in this benchmark; the rest run with their defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {"svd": {"ratio": 4.0}, "transform": {"ratio": 16.0}}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
-    parser.add_argument("--profile", metavar="FILE", help="profile for the codecs that need one; they are left out without it")
+    parser.add_argument("--profile", metavar="FILE", help="for `transform` (default: the one kept for this model, or a small one)")
     parser.add_argument("--codec", nargs="+", choices=names(), help="only these (default: all)")
     parser.add_argument("--tokens", type=int, help="prompt length (2048; 512 with --quick)")
     parser.add_argument("--block", type=int, default=64, metavar="TOKENS", help="tokens a block (%(default)s)")
@@ -41,10 +45,12 @@ def run(args: argparse.Namespace) -> Result:
     rounds = args.rounds or (3 if args.quick else 9)
     if args.block < 1 or tokens < args.block:
         raise ConfigError(f"--tokens {tokens} must hold at least one block of {args.block}")
-    model = CachedModel.load(resolve_model(args.model), torch.bfloat16)
+    directory = resolve_model(args.model)
+    model = CachedModel.load(directory, torch.bfloat16)
     ids = prompt_of(model, tokens // args.block * args.block)
-    profile = Profile.load(args.profile) if args.profile else None
-    chosen = [n for n in args.codec or names() if profile is not None or not codec_class(n).uses_profile]
+    wanted = args.codec or names()
+    profile, origin = _profile(args, model, directory) if any(codec_class(n).uses_profile for n in wanted) else (None, "none")
+    chosen = [n for n in wanted if profile is not None or not codec_class(n).uses_profile]
     codecs = {name: create(name, model.layout, profile, **_OPTIONS.get(name, {})) for name in chosen}
     _, (keys, values) = model.run(ids, logits=False)
     batch = [blocks_of(x, args.block) for x in (keys, values)]
@@ -53,7 +59,8 @@ def run(args: argparse.Namespace) -> Result:
         samples = take_turns(contestants, rounds, report=report)
     configuration = {
         "model": model.model.config._name_or_path.rsplit("/", 1)[-1], "tokens": len(ids), "block_tokens": args.block, "rounds": rounds,
-        "dtype": "bfloat16", "device": "cpu", "codecs": {n: vars(c.config) for n, c in codecs.items()},
+        "dtype": "bfloat16", "device": "cpu", "profile": origin,
+        "codecs": {n: vars(c.config) for n, c in codecs.items()},
     }  # fmt: skip
     result = Result("codecs", configuration, _SEED, 1, {f"{name}_s": s for name, s in samples.items()})
     raw_bytes = model.layout.raw_bytes(len(ids))
@@ -61,6 +68,37 @@ def run(args: argparse.Namespace) -> Result:
         result.rows.append(_row(name, encoded[name], samples, raw_bytes))
         result.ratios |= {f"{name}.{k}": v for k, v in result.rows[-1].items() if "_to_" in k}
     return result
+
+
+def _profile(args: argparse.Namespace, model: Any, directory: Path) -> tuple[Profile | None, str]:
+    """The profile to use and where it comes from."""
+    from services.model.directory import fingerprint
+    from services.profiles import local
+
+    if args.profile:
+        return Profile.load(args.profile), "given"
+    kept = local.find(fingerprint(directory), model.layout)
+    if kept is not None:
+        return kept, "kept for this model"
+    if args.quick:
+        log("there is no profile of this model, so `transform` is left out: give --profile, or leave out --quick")
+        return None, "none"
+    log(f"learning a small profile from {_LEARNT_TOKENS} tokens: right for speed, far from the best for quality")
+    return _learn(model), f"learnt from {_LEARNT_TOKENS} tokens, without sensitivities"
+
+
+def _learn(model: Any) -> Profile:
+    """A profile from windows of text that comes after every prompt."""
+    ids = prompt_of(model, 2 * _LEARNT_TOKENS)[_LEARNT_TOKENS:]
+    weight = model.model.get_input_embeddings().weight.detach().float()
+
+    def samples() -> Iterator[KVSample]:
+        for start in range(0, len(ids), _WINDOW):
+            window = ids[start : start + _WINDOW]
+            _, (keys, values) = model.run(window, logits=False)
+            yield KVSample(keys.float(), values.float(), 0, torch.tensor(window))
+
+    return calibrate(replace(model.layout, dtype=torch.float32), samples(), weight)
 
 
 def prompt_of(model: Any, tokens: int) -> list[int]:

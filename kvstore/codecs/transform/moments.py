@@ -90,7 +90,9 @@ class Moments:
         positions = sample.start + torch.arange(sample.key_grads.shape[2])
         # The keys are s·R·k: the gradient with respect to k is s·Rᵀ·g, s² times what undoing the rotation gives.
         keys = unrotate(self.layout, sample.key_grads[None], positions[None])[0]
-        keys[..., : self.layout.rope.rotary_dim] *= self.layout.rope.scale**2
+        for layer, k_HTD in enumerate(keys):
+            spec = self.layout.rope.for_layer(layer)
+            k_HTD[..., : spec.rotary_dim] *= spec.scale**2
         ordinary = positions >= FIRST_TOKEN
         for i, g_LHTD in enumerate((keys, sample.value_grads.float())):
             g = g_LHTD[:, :, ordinary]

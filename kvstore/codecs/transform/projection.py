@@ -65,8 +65,9 @@ class Projection:
             self.harm = t["harm"].double() if "harm" in t else None
             self.usual_steps = _usual_steps(self.kappa, self.shape, book)
             # What RoPE multiplies the length of each channel of a key by.
-            self._key_scale = torch.ones(layout.head_dim)
-            self._key_scale[: layout.rope.rotary_dim] = layout.rope.scale
+            self._key_scale = torch.ones(layout.layers, layout.head_dim)
+            for layer, scale in enumerate(self._key_scale):
+                scale[: layout.rope.for_layer(layer).rotary_dim] = layout.rope.for_layer(layer).scale
         except (KeyError, TypeError) as error:
             raise InvalidInputError(f"the profile lacks {error}; calibrate again") from error
         table = t.get("predict.table")
@@ -137,7 +138,8 @@ class Projection:
         for i, group in enumerate(self.groups):
             half, generator = group.width // 2, torch.Generator().manual_seed(i)
             keys, values = ((torch.randint(0, 2, (half, count), generator=generator).float() * 2 - 1) / count**0.5 for _ in range(2))
-            out.append((keys * self._key_scale.repeat(half // len(self._key_scale))[:, None], values))
+            scale = self._key_scale[group.first : group.last, None]
+            out.append((keys * scale.expand(-1, half // scale.numel(), -1).reshape(half, 1), values))
         return out
 
     @cached_property
