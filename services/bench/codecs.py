@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", nargs="+", choices=names(), help="only these (default: all)")
     parser.add_argument("--tokens", type=int, help="prompt length (2048; 512 with --quick)")
     parser.add_argument("--block", type=int, default=64, metavar="TOKENS", help="tokens a block (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="counted rounds (9; 3 with --quick)")
+    parser.add_argument("--rounds", type=int, help="counted rounds (5; 3 with --quick)")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Result:
     from services.progress import Progress
 
     tokens = args.tokens or (512 if args.quick else 2048)
-    rounds = args.rounds or (3 if args.quick else 9)
+    rounds = args.rounds or (3 if args.quick else 5)
     if args.block < 1 or tokens < args.block:
         raise ConfigError(f"--tokens {tokens} must hold at least one block of {args.block}")
     directory = resolve_model(args.model)
