@@ -14,12 +14,10 @@ from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 from services.model.directory import fingerprint
 
-from . import collect, texts, writing
+from . import collect, texts
 
 #: Share of the mix that files given by the user make up; the rest keeps a profile fit for what they do not cover.
 GIVEN_SHARE = 0.75
-#: Share of the mix that the model writes itself, when it is not told what to read.
-WRITTEN_SHARE = 0.25
 #: Fewest tokens that can tell a basis from noise.
 MIN_TOKENS = 4 * collect.WINDOW
 
@@ -59,7 +57,7 @@ def calibrate_model(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval().requires_grad_(False).to(device)
     layout = KVLayout.from_model_config(model.config, dtype=torch.float32)
-    windows = _windows(model, tokenizer, given, tokens // collect.WINDOW)
+    windows = _windows(tokenizer, given, tokens // collect.WINDOW)
 
     def counted() -> Iterator[KVSample]:
         for done, sample in enumerate(collect.samples(model, windows)):
@@ -71,14 +69,12 @@ def calibrate_model(
     return calibrate(layout, counted(), collect.embeddings(model), groups=groups, continued=collect.CONTINUED, facts=facts)
 
 
-def _windows(model: Any, tokenizer: Any, given: list[str], count: int) -> list[list[int]]:
-    everywhere = texts.everywhere()
-
+def _windows(tokenizer: Any, given: list[str], count: int) -> list[list[int]]:
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    kinds = texts.everywhere()
     if given:
-        kinds = [(GIVEN_SHARE, given), *((share * (1 - GIVEN_SHARE), documents) for share, documents in everywhere)]
-        return texts.windows(kinds, count, collect.WINDOW, tokenize)
-    written = writing.windows(model, tokenizer, round(count * WRITTEN_SHARE), collect.WINDOW)
-    return written + texts.windows(everywhere, count - len(written), collect.WINDOW, tokenize)
+        total = sum(share for share, _ in kinds)
+        kinds = [(GIVEN_SHARE, given), *((share / total * (1 - GIVEN_SHARE), documents) for share, documents in kinds)]
+    return texts.windows(kinds, count, collect.WINDOW, tokenize)

@@ -1,8 +1,8 @@
 """Text to calibrate on: given files, or what every Python has.
 
 The mix matters more than the amount: what remains of a codec's error sits in texts unlike those it was calibrated on. Without files it is
-sources and docstrings of the standard library and of installed packages, the language reference, licences and changelogs; the model's
-own writing (`services.calibrate.writing`) supplies the stories and letters that no Python carries.
+sources and docstrings of the standard library and of installed packages, the language reference, licences and changelogs. The stories,
+letters, reports and conversations that no Python carries lie beside this file, in ``prose/``: short pieces, written for this purpose.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from kvstore.errors import ConfigError
 
 #: Characters taken for a window, for each token wanted: enough for dense code and plenty for prose.
 CHARS_A_TOKEN = 7
+#: Documents shorter than this are left out.
+LEAST_CHARS = 300
+PROSE = Path(__file__).parent / "prose"
 #: Files larger than this are read in part.
 MAX_FILE_BYTES = 64 << 20
 _SKIP = {"test", "tests", "__pycache__", "node_modules", ".git", "site-packages", "idle_test", "lib2to3"}
@@ -51,7 +54,7 @@ def read(paths: Sequence[str]) -> list[str]:
 
 
 def everywhere() -> list[tuple[float, list[str]]]:
-    """Text that every Python has: for each kind, its share of the mix and its documents."""
+    """Text that is there on every machine: for each kind, its share of the mix and its documents."""
     lib = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
     sources = _sources(lib, 4000)
@@ -60,9 +63,10 @@ def everywhere() -> list[tuple[float, list[str]]]:
         (0.25, [_language_reference()]),
         (0.2, [_docstrings(sources[::8]), *(_docstrings(_sources(packages / name, 20_000, 25)) for name in _DOCUMENTED)]),
         (0.15, [_text(p) for p in sorted(packages.glob("*.dist-info/METADATA")) if p.stat().st_size > 4000]),
+        (0.25, [piece for file in sorted(PROSE.glob("*.txt")) for piece in _text(file).split("\n\n")]),
         (0.1, [_plain(_text(p)) for p in (lib / "idlelib/help.html", lib / "idlelib/NEWS.txt", lib / "LICENSE.txt") if p.exists()]),
     ]
-    kinds = [(share, [d for d in documents if len(d) > 1000]) for share, documents in kinds]
+    kinds = [(share, [d for d in documents if len(d) > LEAST_CHARS]) for share, documents in kinds]
     return [(share, documents) for share, documents in kinds if documents]
 
 

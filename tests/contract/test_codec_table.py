@@ -72,7 +72,7 @@ def test_round_trip_is_as_distorted_as_the_block_says(name, layout):
             told = block.distortion[fidelity]
             found = errors((keys, values), decoded)
             # A codec with a profile adds its errors up in the coefficients, whose basis is only nearly orthogonal on so little data.
-            assert (told.keys, told.values) == pytest.approx(found, rel=0.6 if codec.uses_profile else 0.05, abs=1e-6)
+            assert (told.keys, told.values) == pytest.approx(found, rel=0.25 if codec.uses_profile else 0.05, abs=1e-6)
             if codec.worst_error is not None:
                 for given, got in zip((keys, values), decoded, strict=True):
                     assert (got.double() - given.double()).abs().max() <= codec.worst_error * given.double().abs().max()
