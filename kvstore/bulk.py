@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: HTTP/2 cuts a message into frames of 16 KiB unless told otherwise, and gRPC reads the socket in pieces of 8 KiB at first; with these
-#: a Get of 64 KiB values took half the time, one of 4 MiB values two thirds.
+#: HTTP/2 cuts a message into frames of 16 KiB unless told otherwise, and gRPC reads the socket in pieces of 8 KiB at first: too many
+#: steps for a message of a MiB.
 BULK_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.optimization_target", "throughput"),
     ("grpc.http2.max_frame_size", (16 << 20) - 1),
