@@ -1,7 +1,7 @@
 # Every target works from a clean clone; the ones that need the environment prepare it first. `make` alone lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo up down test sim fault soak lint protos lock image bench load
+.PHONY: help setup model demo up down test test-gpu sim fault soak lint protos lock image bench load
 
 PYTHON ?= python3
 MODEL ?=
