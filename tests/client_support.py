@@ -18,10 +18,12 @@ NAMESPACE = digest(b"tenant a")
 NODES = [NodeRecord(f"n{i}", f"{i:016x}", f"node{i}:1", arena_bytes=1 << 30) for i in range(2)]
 
 
-def chain(count: int, size: int = 1000, distortion: float = 0.0, provenance: Provenance | None = None) -> list[EncodedBlock]:
-    """A chain of named blocks with random payloads of two layers."""
-    rng = np.random.default_rng(7)
-    keys = block_keys(NAMESPACE, np.arange(count * 4), 4)
+def chain(
+    count: int, size: int = 1000, distortion: float = 0.0, provenance: Provenance | None = None, number: int = 0
+) -> list[EncodedBlock]:
+    """A chain of named blocks with random payloads of two layers. Chains of other numbers share no block."""
+    rng = np.random.default_rng([7, number])
+    keys = block_keys(NAMESPACE, number + np.arange(count * 4), 4)
     rows = (LayerInfo(0, 0, Distortion(2 * distortion, 0.0)), LayerInfo(0, 0, Distortion(0.0, distortion)))
     blocks = []
     for i, key in enumerate(keys):

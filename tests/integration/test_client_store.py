@@ -85,16 +85,18 @@ def count(client, name, *labels):
 
 
 @pytest.mark.parametrize(("count", "size"), [(64, 500), (32, 100_000), (20, 3 * MIB)], ids=["small", "100 kB", "several frames"])
-async def test_published_blocks_are_fetched_bit_for_bit_from_both_nodes(valkey, count, size):
-    blocks = chain(count, size)
+async def test_published_blocks_are_fetched_bit_for_bit_and_a_prompt_from_one_node(valkey, count, size):
     async with cluster(valkey.url, arena=96 * MIB) as (client, nodes):
-        keys = await stored(client, blocks)
-        hits = await client.lookup(keys)
-        assert {h.node.id for h in hits} == {"node-0", "node-1"}
-        assert [h.size_bytes for h in hits] == [b.header.total_bytes for b in blocks]
-        fetched = await client.fetch(hits, namespace=NAMESPACE, deadline_s=20, input_tokens=16)
-        assert [b.to_bytes() for b in fetched.blocks] == [b.to_bytes() for b in blocks]
-        assert sum(n.record.blocks for n in nodes) == count
+        holders = []
+        for number in range(2):
+            blocks = chain(count, size, number=number)
+            hits = await client.lookup(await stored(client, blocks))
+            holders.append({h.node.id for h in hits})
+            assert [h.size_bytes for h in hits] == [b.header.total_bytes for b in blocks]
+            fetched = await client.fetch(hits, namespace=NAMESPACE, deadline_s=20, input_tokens=16)
+            assert [b.to_bytes() for b in fetched.blocks] == [b.to_bytes() for b in blocks]
+        assert sorted(holders, key=sorted) == [{"node-0"}, {"node-1"}]  # the second prompt goes where there is more room
+        assert [n.record.blocks for n in nodes] == [count, count]
 
 
 async def test_two_thousand_keys_are_looked_up_in_one_round_trip(valkey):
@@ -240,9 +242,10 @@ async def test_a_redis_that_stands_still_costs_one_timeout(tmp_path):
 
 async def test_a_full_cluster_goes_on_taking_new_blocks(valkey):
     async with cluster(valkey.url, arena=2 * MIB) as (client, nodes):
-        blocks = chain(60, 100_000)
-        assert client.publish(blocks) == 60
-        assert await client.flush(20)
+        for number in range(6):
+            blocks = chain(10, 100_000, number=number)
+            assert client.publish(blocks) == 10
+            assert await client.flush(20)
         assert all(n.record.blocks > 5 for n in nodes)
         assert all(n.record.used_bytes <= n.record.arena_bytes for n in nodes)
         header = BlockHeader.from_bytes(blocks[0].to_bytes())
