@@ -76,8 +76,9 @@ class Admission:
         victim, info = self._policy.victim(self._clock.now()), block_info(header, self._page_bytes, owner)
         if victim is None or is_admitted(self._policy.worth(request, info), min(victim.value, self.waterline)):
             return True
-        self._policy.access(request, [info])
-        self._policy.removed(info.id)
+        if self._table.get(info.id) is None:  # of one that is resident, in a worse copy, the policy must not hear that it went
+            self._policy.access(request, [info])
+            self._policy.removed(info.id)
         return False
 
     def _fits_quota(self, header: BlockHeader, owner: str, pages: int) -> bool:

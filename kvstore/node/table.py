@@ -166,10 +166,11 @@ class BlockTable:
 
     def truncate(self, entry: Entry, fidelity: int) -> list[Extent]:
         """Drop the layers above `fidelity`. Returns their pages, which are the caller's to free."""
+        header = entry.header.truncate(fidelity)  # raises before anything has changed
         self._count(entry, -1)
         dropped = [extent for layer in entry.layers[fidelity:] for extent in layer]
         del entry.layers[fidelity:]
-        entry.header = entry.header.truncate(fidelity)
+        entry.header = header
         entry.pages -= sum(extent.count for extent in dropped)
         entry.generation = next(self._generations)
         self._count(entry, 1)
