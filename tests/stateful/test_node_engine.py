@@ -7,6 +7,7 @@ that token in all of them or learns from `intact` that the block is gone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -362,3 +363,18 @@ def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: st
     assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
     assert engine.table.get(one.key) is None
     engine.check()
+
+
+def test_a_better_copy_that_is_refused_leaves_the_policy_its_resident_block() -> None:
+    """Found by simulation, seed 3047: the policy forgot the resident block, which then could not be dropped, or was demoted upwards."""
+    engine = NodeEngine(CONFIG, ManualClock(), create("value"), PageAllocator(PAGES))
+    worse, better = block(0, (PAGE * 4,), error=0.4), block(0, (PAGE * 6, PAGE * 6), error=0.1)
+    assert store(engine, worse.header) is Status.OK
+    assert store(engine, block(1, (PAGE * 12,)).header) is Status.OK
+    engine.admission.waterline = 1e9  # nothing is worth as much: every newcomer that needs room is refused
+    with patch.object(engine.policy, "worth", lambda request, info: 0.0):
+        assert store(engine, better.header) is Status.RESOURCE_EXHAUSTED
+    engine.admission.waterline = 0.0
+    while (victim := engine.policy.victim(engine.clock.now())) is not None:  # the policy still names every resident block
+        engine.evict([victim.id])
+    assert len(engine.table) == 0
