@@ -116,8 +116,12 @@ class ValuePolicy(EvictionPolicy):
         base = self._base if request.seq == self._seq else None
         if base is None:
             _, base = self._situation(parent, request.input_tokens, max(request.now, self._now))
-        cls = _PARTIAL if count == 1 and block.partial else base + _OF_USES[count]
-        return self.model.values[cls][0] * self.table.steps.first(block.sizes, block.losses).loss
+        deep = _DEPTH_SCALE / (_DEPTH_SCALE + block.depth)
+        scale = self.table.steps.first(block.sizes, block.losses).loss * deep
+        if count == 1 and block.partial:
+            return self.model.values[_PARTIAL][0] * scale
+        # A block that came back carries the new ones behind it, and is worth as much as they are.
+        return max(self.model.values[base + _OF_USES[count]][0], self.model.values[base][0]) * scale
 
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
         slots = self.table.resident_slots()

@@ -9,7 +9,6 @@ from kvstore.block import BlockHeader
 from kvstore.clock import Clock
 from kvstore.codecs import PROFILE_WIRE_ID
 from kvstore.eviction.base import EvictionPolicy, Request
-from kvstore.eviction.cluster import is_admitted
 
 from .quotas import QuotaTable
 from .table import BlockTable, Entry, block_id, block_info
@@ -59,10 +58,18 @@ class Admission:
         """
         id, parent = block_id(owner, header.key), block_id(owner, header.parent)
         if self._refused == (parent, request.seq):
-            return self.refused(id, request, "parent")
-        if not self._is_worth(header, request, owner, pages):
-            return self.refused(id, request, "waterline")
-        return None if self._fits_quota(header, owner, pages) else self.refused(id, request, "quota")
+            reason = "parent"
+        elif not self._is_worth(header, request, owner, pages):
+            reason = "waterline"
+        elif not self._fits_quota(header, owner, pages):
+            return self.refused(id, request, "quota")
+        else:
+            return None
+        if self._table.get(id) is None:  # of one that is resident, in a worse copy, the policy must not hear that it went
+            info = block_info(header, self._page_bytes, owner)
+            self._policy.access(request, [info])  # so that it knows the block when it comes back
+            self._policy.removed(info.id)
+        return self.refused(id, request, reason)
 
     def refused(self, id: bytes, request: Request, reason: str) -> str:
         """Note that the request's block was refused, by whomever; answers `reason`."""
@@ -70,16 +77,12 @@ class Admission:
         return reason
 
     def _is_worth(self, header: BlockHeader, request: Request, owner: str, pages: int) -> bool:
-        """Whether a block would not be the next to leave, here and anywhere. The policy is shown one that is not: it may come back."""
+        """Whether a block would not be the next to leave."""
         if self._allocator.free_pages >= pages or header.codec == PROFILE_WIRE_ID:
             return True
         victim, info = self._policy.victim(self._clock.now()), block_info(header, self._page_bytes, owner)
-        if victim is None or is_admitted(self._policy.worth(request, info), min(victim.value, self.waterline)):
-            return True
-        if self._table.get(info.id) is None:  # of one that is resident, in a worse copy, the policy must not hear that it went
-            self._policy.access(request, [info])
-            self._policy.removed(info.id)
-        return False
+        # The next victim is the waterline as this node knows it now; that of the reports says whether there is room elsewhere.
+        return victim is None or self.waterline <= 0.0 or self._policy.worth(request, info) >= victim.value
 
     def _fits_quota(self, header: BlockHeader, owner: str, pages: int) -> bool:
         while subject := self.quotas.over((owner, header.namespace.hex()), pages * self._page_bytes):
