@@ -86,11 +86,10 @@ def calibrate(
         "shape": torch.from_numpy(shape),
         **{f"basis.{i}": u.half() for i, u in enumerate(fit.bases(everything, a, p, q))},
         **_tables(models_),
+        **({} if harm is None else {"harm": harm}),
     }
     if p is not None and q is not None and embeddings is not None:
         tensors |= _prediction(a, p, q, embeddings, plan_)
-    if harm is not None:
-        tensors["harm"] = harm
     known = {
         "groups": [g.last - g.first for g in plan_],
         "tokens": everything.count,
