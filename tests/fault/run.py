@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from kvstore.errors import ConcertinaError
+from kvstore.errors import ConcertinaError, TransportError
 
 from .base import Fault, Outcome
 from .load import Load
@@ -81,7 +81,13 @@ async def _readable(load: Load, keys: list[bytes]) -> bool:
 async def _settled(system: System, record, deadline: float) -> None:
     """Until a node has no reader's lease and no unfinished write; its sums must hold at every moment."""
     while True:
-        stats = await system.account(record)
+        try:
+            stats = await system.account(record)
+        except TransportError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)  # the channel's own pause after a wire that was cut may not be over
+            continue
         if stats.used_bytes + stats.free_bytes + stats.reserved_bytes != stats.arena_bytes:
             raise TimeoutError(f"the account of {record.id} does not add up: {stats}")
         if not stats.leases and not stats.reserved_bytes:

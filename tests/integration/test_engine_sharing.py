@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from services.engine import core
 from services.engine.base import CacheMode
 from tests.engine_support import MemoryStore, answer, make_model, prompt, published, running, spec
 
@@ -115,7 +116,8 @@ async def test_cancelled_requests_give_their_pages_back_whatever_they_wait_for(m
     assert not engine._seating._prefixes._live and not engine._seating._prefixes._coming
 
 
-async def test_streams_go_on_in_the_middle_of_a_prefill_step(model):
+async def test_streams_go_on_in_the_middle_of_a_prefill_step(model, monkeypatch):
+    monkeypatch.setattr(core, "PREFILL_SLICE", 0.0)  # it is always time
     async with running(model) as engine:
         want, _ = await answer(engine, spec(prompt(30), 60))
         late = spec(prompt(400, seed=1), 3, cache_mode=CacheMode.BYPASS)
@@ -124,7 +126,6 @@ async def test_streams_go_on_in_the_middle_of_a_prefill_step(model):
         engine._runner.decode = lambda rows: (steps.append("decode"), whole(rows))[1]
         prefill = engine._runner.prefill
         engine._runner.prefill = lambda tiles, between: (steps.append("("), prefill(tiles, between), steps.append(")"))[1]
-        engine._core._decode_s = -1.0  # it is always time
         stream = engine.generate(spec(prompt(30), 60, cache_mode=CacheMode.BYPASS))
         first = await anext(stream)
         task = asyncio.create_task(answer(engine, late))
