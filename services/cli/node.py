@@ -8,9 +8,9 @@ import sys
 
 from kvstore import node
 from kvstore.settings import load, parse_size
+from services.system.node_options import FILES
 
 SIZES = ("arena", "page_bytes", "spill_bytes", "spill_host_bytes")
-SECURITY = ("credentials", "tls_cert", "tls_key", "tls_client_ca")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; one JSON line on stdout says when and where."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    names = ("redis", "prefix", "listen", "advertise", "metrics", "device", "policy", "id", "spill", *SECURITY)
+    names = ("redis", "prefix", "listen", "advertise", "metrics", "device", "policy", "id", "spill", *FILES)
     sizes = {name: None if (text := getattr(args, name)) is None else parse_size(text) for name in SIZES}
     config = load(node.NodeConfig, "node", **{name: getattr(args, name) for name in names}, **sizes)
     if config.exposed:
