@@ -138,6 +138,7 @@ async def test_a_flood_and_a_trickle_both_get_on(paths):
             client.publish(blocks)
             assert await client.flush(20)
         flooded = 0
+        others = [chain(100 + i, 4, 500_000) for i in range(8)]
 
         async def flood(client: KvClient) -> None:
             nonlocal flooded
@@ -145,7 +146,8 @@ async def test_a_flood_and_a_trickle_both_get_on(paths):
             while True:
                 fetched = await client.fetch(await client.lookup(keys), namespace=NAMESPACE, deadline_s=10)
                 flooded += len(fetched.blocks)
-                client.publish(chain(100 + flooded % 50, 4, 500_000))
+                client.publish(others[flooded % 8])
+                await asyncio.sleep(0)  # a lookup of evicted blocks in process answers without waiting: the loop must get on
 
         floods = [asyncio.create_task(flood(client)) for client in clients[1:] for _ in range(4)]
         served = 0
