@@ -13,8 +13,9 @@ from .base import SamplingParams
 class Sampler:
     """The choices of one request.
 
-    Draw number n is a function of seed and n alone (a counter-based generator), so it depends neither on other requests nor on
-    how often the request was interrupted.
+    The draw for a place in the sequence is a function of the seed and that place alone (a counter-based generator). So it depends
+    neither on other requests nor on how often the request was interrupted, and an answer that is resumed by a new request, whose
+    prompt holds the tokens that came, goes on with the draws that it would have had.
 
     Parameters
     ----------
@@ -26,8 +27,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, seed: int) -> None:
         self.params, self.seed = params, seed
 
-    def choose(self, logits: torch.Tensor, step: int) -> int:
-        """Token number `step` of the answer.
+    def choose(self, logits: torch.Tensor, place: int) -> int:
+        """The token at `place` of the sequence, prompt included.
 
         Parameters
         ----------
@@ -43,7 +44,7 @@ class Sampler:
         if p.top_p < 1:
             # The token that crosses top_p is the last one kept, so at least one always is.
             cumulative = cumulative[: int((cumulative < p.top_p * cumulative[-1]).sum()) + 1]
-        at = torch.searchsorted(cumulative, uniform(self.seed, step) * cumulative[-1], right=True)
+        at = torch.searchsorted(cumulative, uniform(self.seed, place) * cumulative[-1], right=True)
         return int(tokens[min(int(at), len(cumulative) - 1)])
 
 

@@ -36,6 +36,15 @@ async def test_a_seed_gives_the_same_sample_in_any_batch(model):
     assert len(unseeded) > 1
 
 
+async def test_a_sample_that_broke_off_goes_on_as_it_would_have(model):
+    """A new request whose prompt holds the tokens that came makes the draws that the first one would have made next."""
+    sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 11}
+    async with running(model) as engine:
+        whole, _ = await answer(engine, spec(prompt(20), 16, **sampling))
+        rest, _ = await answer(engine, spec(prompt(20) + tuple(whole[:6]), 10, **sampling))
+    assert rest == whole[6:]
+
+
 async def test_a_stop_string_ends_the_answer_and_is_not_in_it(model):
     async with running(model) as engine:
         _, whole = await answer(engine, spec(prompt(20), 40))
