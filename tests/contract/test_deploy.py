@@ -42,6 +42,16 @@ VALUES = {
             }
         }
     },
+    "secured": {
+        "node": {"spill": {"size": "100GiB"}},
+        "security": {
+            "tlsSecret": "node-tls",
+            "tlsName": "store.example",
+            "clientTlsSecret": "worker-tls",
+            "credentialsSecret": "callers",
+            "tokenSecret": "token",
+        },
+    },
     "bare": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
 }
 
@@ -125,6 +135,29 @@ def test_pods_run_as_nobody_without_a_token_within_limits(objects):
         for container in spec["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"]["memory"]
+
+
+def test_secrets_reach_nodes_and_workers_where_their_options_look():
+    objects = render(VALUES["secured"])
+    node, worker = (of_kind(objects, kind)[0]["spec"] for kind in ("StatefulSet", "RayService"))
+    nodes, workers = node["template"]["spec"], worker["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    for spec, paths in (
+        (nodes, [a.split("=")[1] for a in nodes["containers"][0]["args"] if "/etc/" in a]),
+        (workers, [e["value"] for e in workers["containers"][0]["env"] if "/etc/" in e.get("value", "")]),
+    ):
+        assert len(paths) == 4
+        mounted = {m["mountPath"]: m["name"] for m in spec["containers"][0]["volumeMounts"]}
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        assert all(mounted[str(Path(path).parent)] in volumes for path in paths)
+    ca = next(volume["secret"] for volume in workers["volumes"] if volume["name"] == "ca")
+    assert [item["key"] for item in ca["items"]] == ["ca.crt"], "a worker has no use for the nodes' key"
+    assert "tcpSocket" in nodes["containers"][0]["livenessProbe"], "Kubernetes' gRPC probe speaks no TLS"
+
+
+@pytest.mark.parametrize("security", [{"tlsSecret": "a"}, {"clientTlsSecret": "a"}], ids=["no name", "no authority"])
+def test_half_a_tls_is_refused(security):
+    with pytest.raises(Exception, match="security"):
+        render({"security": security})
 
 
 def test_nodes_have_probes_and_room_for_the_arena(objects):

@@ -47,6 +47,22 @@ capabilities: {drop: [ALL]}
 - {name: XDG_CACHE_HOME, value: /cache}
 {{- end }}
 
+{{- define "concertina.storeEnv" -}}
+{{- with .Values.security }}
+{{- if .tokenSecret }}
+- {name: CONCERTINA_CLIENT__CREDENTIAL, value: /etc/store/token/token}
+{{- end }}
+{{- if .tlsSecret }}
+- {name: CONCERTINA_CLIENT__TLS_CA, value: /etc/store/ca/ca.crt}
+- {name: CONCERTINA_CLIENT__TLS_NAME, value: {{ required "security.tlsName is needed with security.tlsSecret: the name in the nodes' certificate" .tlsName | quote }}}
+{{- end }}
+{{- if .clientTlsSecret }}
+- {name: CONCERTINA_CLIENT__TLS_CERT, value: /etc/store/tls/tls.crt}
+- {name: CONCERTINA_CLIENT__TLS_KEY, value: /etc/store/tls/tls.key}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "concertina.tenantsVolume" -}}
 - name: tenants
   secret: {secretName: {{ .Values.worker.tenantsSecret }}, items: [{key: tenants.json, path: tenants.json}]}
