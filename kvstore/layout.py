@@ -91,4 +91,6 @@ class KVLayout:
             raise InvalidInputError("the model's config names no num_hidden_layers, num_attention_heads or hidden_size")
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            kv_heads = 1  # Falcon's word for it
         return cls(layers, kv_heads, head_dim, dtype, rope_from_config(config, head_dim, layers))

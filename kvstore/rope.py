@@ -82,6 +82,11 @@ class RopeSpec:
 
 #: Models without rotary embedding.
 NO_ROPE = RopeSpec()
+#: Types of models that rotate neighbouring channels; their configs do not say so. Taken for one that does not, a model's keys would still
+#: come back as they were, only less well compressed.
+INTERLEAVED = {
+    "codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ class LayeredRope:
 
 
 def rope_from_config(config: Any, head_dim: int, layers: int) -> RopeSpec | LayeredRope:
-    """Rotation named by a Hugging Face config: default, linear, Llama 3 and YaRN scaling, partial, by layer type.
+    """Rotation named by a Hugging Face config: default, linear, Llama 3 and YaRN scaling, partial, by layer type or in some layers only.
 
     Raises
     ------
@@ -122,16 +127,21 @@ def rope_from_config(config: Any, head_dim: int, layers: int) -> RopeSpec | Laye
     types = getattr(config, "layer_types", None)
     if types and parameters and set(types) <= set(parameters):
         return LayeredRope(tuple(_from_parameters(config, dict(parameters[types[i]] or {}), head_dim) for i in range(layers)))
-    return _from_parameters(config, parameters, head_dim)
+    spec, rotated = _from_parameters(config, parameters, head_dim), getattr(config, "no_rope_layers", None)
+    if rotated and not all(rotated[:layers]):  # in spite of the name, 1 stands for a layer with rotation
+        return LayeredRope(tuple(spec if yes else NO_ROPE for yes in rotated[:layers]))
+    return spec
 
 
 def _from_parameters(config: Any, parameters: dict[str, Any], head_dim: int) -> RopeSpec:
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None)
-    if theta is None:
-        return RopeSpec()
+    rotary_dim = getattr(config, "rotary_dim", None)  # of GPT-J and CodeGen, which have no other parameters
+    if theta is None and rotary_dim is None:
+        return NO_ROPE
+    theta = theta or 10_000.0
     partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     partial = partial or getattr(config, "rotary_pct", None)
-    dim = int(head_dim * (partial or 1.0)) // 2 * 2
+    dim = min(rotary_dim or int(head_dim * (partial or 1.0)), head_dim) // 2 * 2
     inv_freq = [float(theta) ** (-2.0 * i / dim) for i in range(dim // 2)]
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     scale, factor = 1.0, float(parameters.get("factor") or 1.0)
@@ -144,7 +154,7 @@ def _from_parameters(config: Any, parameters: dict[str, Any], head_dim: int) -> 
         inv_freq, scale = _yarn(inv_freq, dim, float(theta), factor, parameters, original)
     elif kind not in ("default", "mrope"):
         raise InvalidInputError(f"RoPE type {kind!r} is not supported; known: default, linear, llama3, yarn")
-    return RopeSpec(tuple(inv_freq), scale)
+    return RopeSpec(tuple(inv_freq), scale, getattr(config, "model_type", None) in INTERLEAVED)
 
 
 def _llama3(freq: float, factor: float, parameters: dict[str, Any], original: int) -> float:

@@ -17,8 +17,9 @@ import torch
 from kvstore.codecs import KVSample
 from kvstore.errors import InvalidInputError
 
+#: Tokens a window, for models whose context is not shorter, and the share of it that is the continuation.
 WINDOW = 1024
-CONTINUED = 256
+CONTINUED_SHARE = 4
 #: Every so manieth window has gradients: they cost as much again, and heads' sensitivities need fewer texts than a basis does.
 GRADIENTS_EVERY = 2
 
@@ -36,10 +37,10 @@ def samples(model: Any, windows: Sequence[Sequence[int]], seed: int = 0) -> Iter
     cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for number, window in enumerate(windows):
         ids = torch.tensor(window, device=model.device)[None]
-        prefix = max(1, ids.shape[1] - CONTINUED) if number % GRADIENTS_EVERY == 0 else ids.shape[1]
+        prefix = ids.shape[1] - (continued(ids.shape[1]) if number % GRADIENTS_EVERY == 0 else 0)
+        computed = _cache_of([])
         with torch.no_grad():
-            out = model(ids[:, :prefix], use_cache=True, logits_to_keep=1)
-            computed = getattr(out, cache_argument)
+            model(ids[:, :prefix], use_cache=True, logits_to_keep=1, **{cache_argument: computed})
         if prefix == ids.shape[1]:
             keys, values = (torch.cat([getattr(layer, what) for layer in computed.layers]) for what in ("keys", "values"))
             yield KVSample(keys, values, 0, ids[0].cpu())
@@ -60,7 +61,18 @@ def samples(model: Any, windows: Sequence[Sequence[int]], seed: int = 0) -> Iter
         )
 
 
+def window(config: Any) -> int:
+    """Tokens a window of a model with this configuration."""
+    return min(WINDOW, getattr(config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+
+
+def continued(window: int) -> int:
+    """How many of a window's tokens are its continuation."""
+    return window // CONTINUED_SHARE
+
+
 def _cache_of(leaves: Sequence[torch.Tensor]) -> Any:
+    """A cache that keeps every token, in layers with a sliding window too: keys and values of each layer in turn, none to begin with."""
     from transformers import DynamicCache
 
     cache = DynamicCache()

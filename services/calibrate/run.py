@@ -57,7 +57,8 @@ def calibrate_model(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval().requires_grad_(False).to(device)
     layout = KVLayout.from_model_config(model.config, dtype=torch.float32)
-    windows = _windows(tokenizer, given, tokens // collect.WINDOW)
+    size = collect.window(model.config)
+    windows = _windows(tokenizer, given, tokens // size, size)
 
     def counted() -> Iterator[KVSample]:
         for done, sample in enumerate(collect.samples(model, windows)):
@@ -66,10 +67,10 @@ def calibrate_model(
         report(len(windows), len(windows))
 
     facts = {"model": fingerprint(model_dir), "texts": "given" if paths else "everywhere"}
-    return calibrate(layout, counted(), collect.embeddings(model), groups=groups, continued=collect.CONTINUED, facts=facts)
+    return calibrate(layout, counted(), collect.embeddings(model), groups=groups, continued=collect.continued(size), facts=facts)
 
 
-def _windows(tokenizer: Any, given: list[str], count: int) -> list[list[int]]:
+def _windows(tokenizer: Any, given: list[str], count: int, size: int) -> list[list[int]]:
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -77,4 +78,4 @@ def _windows(tokenizer: Any, given: list[str], count: int) -> list[list[int]]:
     if given:
         total = sum(share for share, _ in kinds)
         kinds = [(GIVEN_SHARE, given), *((share / total * (1 - GIVEN_SHARE), documents) for share, documents in kinds)]
-    return texts.windows(kinds, count, collect.WINDOW, tokenize)
+    return texts.windows(kinds, count, size, tokenize)

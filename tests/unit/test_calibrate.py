@@ -147,6 +147,16 @@ def test_the_command_calibrates_a_real_model(tiny_model: Path, tmp_path: Path, c
     assert made.facts["divergence"] > 0
 
 
+def test_sliding_windows_and_short_contexts_calibrate_too(tmp_path: Path) -> None:
+    """A layer that attends to the last 24 tokens still has all keys in the store, and no window is longer than the model's context."""
+    from services.calibrate.run import calibrate_model
+    from tests.engine_support import make_model
+
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    profile = calibrate_model(make_model("gemma3", tmp_path / "model"), [str(tmp_path / "a.txt")], tokens=4096)
+    assert profile.facts["tokens"] == 8 * (512 - 4) and profile.facts["sensitivities"]
+
+
 def test_bad_arguments_of_the_command(tmp_path: Path) -> None:
     from services.calibrate import texts
 
