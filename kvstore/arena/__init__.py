@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .device import Arena, CpuArena, available_memory, create
-from .host import allow_open_files, host_identity, keep_freed_memory
+from .host import allow_open_files, give_freed_memory_back, host_identity, keep_freed_memory
 from .pages import AccountingError, Extent, PageAllocator
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "available_memory",
     "create",
     "host_identity",
+    "give_freed_memory_back",
     "keep_freed_memory",
 ]

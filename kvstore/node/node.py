@@ -13,7 +13,16 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 
 from kvstore import eviction
-from kvstore.arena import AccountingError, Arena, PageAllocator, allow_open_files, create, host_identity, keep_freed_memory
+from kvstore.arena import (
+    AccountingError,
+    Arena,
+    PageAllocator,
+    allow_open_files,
+    create,
+    give_freed_memory_back,
+    host_identity,
+    keep_freed_memory,
+)
 from kvstore.clock import Clock, SystemClock
 from kvstore.credentials import Credentials
 from kvstore.metadata import IndexEntry, InprocMetadata, Metadata, NodeRecord, connect
@@ -54,6 +63,8 @@ class StoreNode:
         A registry of its own by default.
     server : callable, optional
         Makes what serves the node's handlers; a simulation passes one that needs no sockets.
+    on_idle : callable, optional
+        Called in a thread after each burst of work, when blocks have neither come nor gone for a second.
 
     `start` acts and `stop` undoes; a node is started once. `failed` is set when its account does not add up: it is not to be trusted
     then, and takes no more blocks.
@@ -66,6 +77,7 @@ class StoreNode:
         clock: Clock | None = None,
         metrics: Metrics | None = None,
         server: Callable[[NodeConfig, Service, Clock], Server] = Server,
+        on_idle: Callable[[], object] | None = None,
     ) -> None:
         self.config = config
         self.clock = clock or SystemClock()
@@ -74,6 +86,7 @@ class StoreNode:
         self._drained_at = 0.0
         self._given_metadata = metadata
         self._make_server = server
+        self._on_idle = on_idle
         self._parts = AsyncExitStack()
 
     @property
@@ -207,6 +220,8 @@ class StoreNode:
             before = state
             if quiet == IDLE_SWEEPS and not self.failed.is_set():
                 self._verify()
+                if self._on_idle:
+                    await asyncio.to_thread(self._on_idle)
 
     def _verify(self) -> None:
         try:
@@ -240,7 +255,7 @@ def run(config: NodeConfig) -> int:
 
 
 async def _run(config: NodeConfig) -> int:
-    node = StoreNode(config)
+    node = StoreNode(config, on_idle=give_freed_memory_back)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

@@ -33,6 +33,8 @@ STEADY = "node-0"
 PERIOD_S, WARM_UP = 12.0, 0.25
 #: Resident memory may differ so much between idle moments, and descriptors by so many: connections come and go.
 RSS_SPREAD, SPARE_FILES = 0.02, 8
+#: After the last call; a node tidies up when nothing has changed for a second.
+IDLE_S = 2.0
 WAYS = ("grpc", "tcp", "local")
 
 
@@ -83,6 +85,7 @@ async def soak(directory: Path, minutes: float, bar: Progress) -> dict:
             await _period(system, load, record)
             if await healthy(system, load, "idle"):
                 await load.check_pins()
+            await asyncio.sleep(IDLE_S)
             await _inspect(system, record)
     finally:
         await system.stop()
