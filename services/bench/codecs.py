@@ -1,7 +1,8 @@
 """``bench codecs``: what a codec costs in time, beside what it does to the values.
 
-Each codec encodes and decodes the real cache of a real prompt, in the cache's bfloat16. Two yardsticks take turns with it: a plain copy
-of the same bytes, and the model's own prefill of the same tokens, which is what a hit saves.
+Each codec encodes and decodes the real cache of a real prompt, in the cache's bfloat16. Three yardsticks take turns with it: a plain copy
+of the same bytes, and the model's own prefill of the same tokens, which is what a hit saves: in bfloat16, and in float32, which is the
+quicker one on processors that do not multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from kvstore.codecs import Codec, EncodedBlock, KVSample, Profile, calibrate, co
 from kvstore.errors import ConfigError
 
 from .base import Result, log, relative_speed, take_turns
+from .memory import peak_extra_bytes
 
 _SEED = 0
 #: Tokens of a profile that is learnt for this benchmark alone, and of one window of them.
 _LEARNT_TOKENS, _WINDOW = 4096, 512
+_YARDSTICKS = ("copy", "prefill", "prefill_float32")
 #: Options of each codec in this benchmark; the rest run with their defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {"svd": {"ratio": 4.0}, "transform": {"ratio": 16.0}}
 
@@ -54,9 +57,12 @@ def run(args: argparse.Namespace) -> Result:
     codecs = {name: create(name, model.layout, profile, **_OPTIONS.get(name, {})) for name in chosen}
     _, (keys, values) = model.run(ids, logits=False)
     batch = [blocks_of(x, args.block) for x in (keys, values)]
+    precise = CachedModel.load(directory)
     with Progress("measuring, rounds") as report:
         contestants, encoded = _contestants(model, codecs, ids, batch, args.block)
+        contestants["prefill_float32"] = lambda: precise.run(ids, logits=False)
         samples = take_turns(contestants, rounds, report=report)
+    extra = {name: peak_extra_bytes(contestants[f"{name}.decode"]) for name in codecs}
     configuration = {
         "model": model.model.config._name_or_path.rsplit("/", 1)[-1], "tokens": len(ids), "block_tokens": args.block, "rounds": rounds,
         "dtype": "bfloat16", "device": "cpu", "profile": origin,
@@ -65,21 +71,18 @@ def run(args: argparse.Namespace) -> Result:
     result = Result("codecs", configuration, _SEED, 1, {f"{name}_s": s for name, s in samples.items()})
     raw_bytes = model.layout.raw_bytes(len(ids))
     for name in codecs:
-        result.rows.append(_row(name, encoded[name], samples, raw_bytes))
+        result.rows.append(_row(name, encoded[name], samples, raw_bytes) | _memory(extra[name], raw_bytes))
         result.ratios |= {f"{name}.{k}": v for k, v in result.rows[-1].items() if "_to_" in k}
     return result
 
 
 def _profile(args: argparse.Namespace, model: Any, directory: Path) -> tuple[Profile | None, str]:
     """The profile to use and where it comes from."""
-    from services.model.directory import fingerprint
-    from services.profiles import local
+    from services.profiles.obtain import find
 
-    if args.profile:
-        return Profile.load(args.profile), "given"
-    kept = local.find(fingerprint(directory), model.layout)
-    if kept is not None:
-        return kept, "kept for this model"
+    found = find(directory, args.profile)
+    if found is not None:
+        return found, "given" if args.profile else "kept for this model"
     if args.quick:
         log("there is no profile of this model, so `transform` is left out: give --profile, or leave out --quick")
         return None, "none"
@@ -151,19 +154,29 @@ def _row(name: str, blocks: list[EncodedBlock], samples: dict[str, list[float]],
         "expected_divergence_nats": statistics.mean(block.expected_divergence for block in blocks),
         **{f"{way}_gb_per_s": raw_bytes / s / 1e9 for way, s in seconds.items()},
         "copy_gb_per_s": raw_bytes / statistics.median(samples["copy"]) / 1e9,
-        **{f"{way}_to_{yard}": relative_speed(samples, f"{name}.{way}", yard) for way in seconds for yard in ("copy", "prefill")},
+        **{f"{way}_to_{yard}": relative_speed(samples, f"{name}.{way}", yard) for way in seconds for yard in _YARDSTICKS},
     }
+
+
+def _memory(extra: int | None, raw_bytes: int) -> dict[str, Any]:
+    """What decoding takes beside the result, the peak of one call; null where the system does not tell."""
+    return {"decode_extra_bytes": extra, "decode_extra_to_raw": None if extra is None else extra / raw_bytes}
 
 
 def render(result: Result) -> str:
     """The table for people."""
     columns = {
-        "codec": "<11", "ratio": ">7.2f", "key_error": ">11.6f", "value_error": ">13.6f", "encode_gb_per_s": ">17.3f",
-        "decode_gb_per_s": ">17.3f", "decode_to_copy": ">16.3f", "decode_to_prefill": ">19.1f", "encode_to_prefill": ">19.1f",
+        "codec": ("codec", "<11"), "ratio": ("ratio", ">7.2f"), "key_error": ("K error", ">10.6f"), "value_error": ("V error", ">10.6f"),
+        "encode_gb_per_s": ("encode GB/s", ">13.3f"), "decode_gb_per_s": ("decode GB/s", ">13.3f"),
+        "decode_to_copy": ("decode/copy", ">13.3f"), "decode_to_prefill": ("decode/prefill", ">16.1f"),
+        "encode_to_prefill": ("encode/prefill", ">16.1f"), "decode_to_prefill_float32": ("decode/float32", ">16.1f"),
+        "encode_to_prefill_float32": ("encode/float32", ">16.1f"), "decode_extra_to_raw": ("extra memory", ">14.2f"),
     }  # fmt: skip
-    lines = ["".join(f"{name:{spec.split('.')[0]}}" for name, spec in columns.items())]
-    lines += ["".join(f"{row[name]:{spec}}" for name, spec in columns.items()) for row in result.rows]
+    known = {name: how for name, how in columns.items() if all(row[name] is not None for row in result.rows)}
+    lines = ["".join(f"{title:{spec.split('.')[0]}}" for title, spec in known.values())]
+    lines += ["".join(f"{row[name]:{spec}}" for name, (_, spec) in known.items()) for row in result.rows]
     where = result.configuration
     lines.append(f"{where['model']}, {where['tokens']} tokens in blocks of {where['block_tokens']}, bfloat16; rates count raw bytes;")
-    lines.append(f"_to_ = times faster; medians of {where['rounds']} rounds in which all take turns")
+    lines.append("a/b = times faster: prefill is the model's own in bfloat16, float32 the same in float32; extra memory beside the result,")
+    lines.append(f"in raw bytes; medians of {where['rounds']} rounds in which all take turns")
     return "\n".join(lines)

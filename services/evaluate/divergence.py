@@ -51,15 +51,18 @@ def measure(
     Returns
     -------
     dict
-        ``ratio`` counts every stored byte against 2 bytes a value; ``kl_*_nats`` is KL(exact ‖ compressed) a token; the perplexity
+        ``ratio`` counts every stored byte against 2 bytes a value; ``kl_*_nats`` is KL(exact ‖ compressed) a token, and
+        ``expected_divergence_nats`` what the blocks' headers say of it (null where the codec makes no estimate); the perplexity
         change is a factor with a 95 % bootstrap interval; errors are relative squared errors without the first four tokens.
     """
     raw = stored = 0
+    expected: list[float] = []
     kl, agree, losses, errors = [], [], [], np.zeros((2, 2))
     for item in prepared:
         ids = item.window.ids
         cache, size = through(codec, item.cache, ids[: item.prefix], block_tokens, fidelity)
-        stored += size
+        stored += size.size_bytes
+        expected.append(size.expected_divergence_nats)
         raw += RATIO_BYTES_PER_VALUE * 2 * item.cache[0].numel()
         for i in range(2):
             given, kept = item.cache[i][:, :, _SINKS:].double(), cache[i][:, :, _SINKS:].double()
@@ -76,6 +79,7 @@ def measure(
         "bytes_per_token": stored / sum(item.prefix for item in prepared),
         "kl_mean_nats": float(every.mean()),
         "kl_p99_nats": float(np.quantile(every, 0.99)),
+        "expected_divergence_nats": float(np.mean(expected)) if codec.uses_profile else None,
         "perplexity_exact": float(np.exp(before.mean())),
         "perplexity_compressed": float(np.exp(after.mean())),
         "perplexity_factor": float(np.exp((after - before).mean())),
@@ -120,5 +124,5 @@ def rounds(model: CachedModel, codec: Codec, prepared: Prepared, block_tokens: i
         log_q, cache = model.run(span, cache)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         raw = codec.layout.raw_bytes(step * number)
-        out.append({"round": number, "tokens": step * number, "ratio": raw / stored, "kl_mean_nats": float(kl.mean())})
+        out.append({"round": number, "tokens": step * number, "ratio": raw / stored.size_bytes, "kl_mean_nats": float(kl.mean())})
     return out

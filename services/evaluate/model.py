@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,7 +60,22 @@ class CachedModel:
         return out.logits[0].float().log_softmax(-1), (keys, values)
 
 
-def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: int | None = None) -> tuple[Cache, int]:
+class Stored(NamedTuple):
+    """What the blocks of one cache take, and what their codec expects of them.
+
+    Parameters
+    ----------
+    size_bytes : int
+        Length of all blobs.
+    expected_divergence_nats : float
+        Mean over tokens; 0 from codecs that make no estimate.
+    """
+
+    size_bytes: int
+    expected_divergence_nats: float
+
+
+def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: int | None = None) -> tuple[Cache, Stored]:
     """What a reader of the store would get: every block encoded, written to bytes, truncated, read and decoded.
 
     Parameters
@@ -71,8 +86,7 @@ def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: i
     Returns
     -------
     cache : the same shape
-    stored_bytes : int
-        Length of all blobs.
+    stored : Stored
 
     Raises
     ------
@@ -82,7 +96,7 @@ def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: i
     keys, values = cache
     if keys.shape[2] != len(ids):
         raise ConfigError(f"the model keeps {keys.shape[2]} of {len(ids)} tokens (sliding window?); evaluate with a shorter --prefix")
-    stored, parts = 0, []
+    stored, expected, parts = 0, 0.0, []
     for start in range(0, len(ids), block_tokens):
         span = slice(start, start + block_tokens)
         tokens = torch.tensor(ids[span])
@@ -91,5 +105,6 @@ def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: i
             block = block.truncate(min(fidelity, block.fidelities[-1]))
         blob = block.to_bytes()
         stored += len(blob)
+        expected += block.expected_divergence * len(tokens) / len(ids)
         parts.append(codec.decode(EncodedBlock.from_bytes(blob), tokens=tokens))
-    return (torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)), stored
+    return (torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)), Stored(stored, expected)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.codecs import Codec, Profile, codec_class, create
+from kvstore.codecs import Codec, Profile, create
 from kvstore.errors import ConfigError
 from services.plot import line_plot
 
@@ -27,6 +27,8 @@ COMPARED: tuple[tuple[str, dict[str, float], int | None], ...] = (
     ("transform", {"ratio": 16.0}, None),
     ("transform", {"ratio": 32.0}, None),
 )
+#: And what is left of blocks of the finest of those when their upper layers of precision are dropped: divergence alone.
+TRUNCATED = ("transform", {"ratio": 8.0}, (1, 2))
 Report = Callable[[str, int, int], None]
 
 
@@ -90,13 +92,14 @@ class Evaluation:
                 result["rounds"] = divergence.rounds(self.model, codec, self.prepared[0], block_tokens)
         return result
 
-    def compare(self, profile: Profile | None, block_tokens: int) -> list[dict[str, Any]]:
-        """All of `COMPARED`, and the lower fidelities of a layered codec; codecs that need a profile only when there is one."""
-        rows = [r for r in COMPARED if profile is not None or not codec_class(r[0]).uses_profile]
+    def compare(self, profile: Profile, block_tokens: int) -> list[dict[str, Any]]:
+        """All of `COMPARED`, and `TRUNCATED`."""
+        runs = [(name, options, tokens or block_tokens, None) for name, options, tokens in COMPARED]
+        runs += [(*TRUNCATED[:2], block_tokens, fidelity) for fidelity in TRUNCATED[2]]
         out = []
-        for number, (name, options, tokens) in enumerate(rows):
-            self.report("codecs", number, len(rows))
-            out.append(self.measure(self.codec(name, profile, options), tokens or block_tokens))
+        for number, (name, options, tokens, fidelity) in enumerate(runs):
+            self.report("codecs", number, len(runs))
+            out.append(self.measure(self.codec(name, profile, options), tokens, fidelity))
         return out
 
 
@@ -109,13 +112,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         low, high = r["perplexity_factor_95"]
         perplexity = f"×{r['perplexity_factor']:.4f} ({low:.3f}–{high:.3f})"
         line = (
-            f"{r['codec']:<12}{r['block_tokens']:>6}{r['ratio']:>8.2f}{r['kl_mean_nats']:>10.5f}{r['kl_p99_nats']:>9.4f}"
+            f"{_name(r):<12}{r['block_tokens']:>6}{r['ratio']:>8.2f}{r['kl_mean_nats']:>10.5f}{r['kl_p99_nats']:>9.4f}"
             f"{r['top1_agreement']:>7.3f}{perplexity:>22}{r['key_error']:>9.5f}{r['value_error']:>9.5f}"
         )
-        if asked:
+        if "recall" in r:
             line += f"{r['recall']['accuracy_compressed']:>8.3f}{r['pass_key']['accuracy_compressed']:>9.2f}"
             line += f"{r['rounds'][-1]['kl_mean_nats']:>10.5f}"
         lines.append(line)
+    if any(r["fidelity"] for r in results):
+        lines.append("a number after the name: truncated to that many layers of precision")
     lines.append(f"perplexity of the exact cache {results[0]['perplexity_exact']:.3f}; KL in nats a token, {results[0]['windows']} windows")
     if asked:
         exact = [results[0][task]["accuracy_exact"] for task in ("recall", "pass_key")]
@@ -123,12 +128,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _name(result: dict[str, Any]) -> str:
+    return result["codec"] + (f", {result['fidelity']}" if result["fidelity"] else "")
+
+
 def plot(results: Sequence[dict[str, Any]]) -> str:
     """Rate against divergence as SVG, a line a codec."""
     series: dict[str, list[tuple[float, float]]] = {}
     for r in results:
         if r["codec"] != "raw":
-            series.setdefault(r["codec"], []).append((r["ratio"], r["kl_mean_nats"]))
+            name = r["codec"] + (", truncated" if r["fidelity"] else "")
+            series.setdefault(name, []).append((r["ratio"], r["kl_mean_nats"]))
     return line_plot(
         {name: sorted(points) for name, points in series.items()},
         title="What compression costs: divergence against ratio",

@@ -44,11 +44,14 @@ def test_bench_codecs_measures_each_codec_beside_copy_and_prefill(argv, tmp_path
     options = ["--model", str(model), "--tokens", "64", "--block", "16", "--rounds", "2", "--codec", "raw", "int8"]
     assert main([*argv, *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["samples"]) == {f"{n}_s" for n in ("prefill", "copy", "raw.encode", "raw.decode", "int8.encode", "int8.decode")}
+    assert set(result["samples"]) == {
+        f"{n}_s" for n in ("prefill", "prefill_float32", "copy", "raw.encode", "raw.decode", "int8.encode", "int8.decode")
+    }
     assert all(len(s) == 2 and min(s) > 0 for s in result["samples"].values())
     raw, int8 = result["rows"]
     assert raw["key_error"] == 0 < int8["key_error"] < 1e-3 and raw["ratio"] < 1 < int8["ratio"]
     assert result["ratios"]["int8.decode_to_copy"] == int8["decode_to_copy"] > 0
+    assert int8["decode_to_prefill_float32"] > 0 and (int8["decode_extra_bytes"] is None or int8["decode_extra_to_raw"] >= 0)
 
 
 def test_the_table_for_people_has_a_line_a_codec(tmp_path, capsys):

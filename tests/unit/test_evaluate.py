@@ -14,7 +14,10 @@ from services.cli import main
 from services.evaluate import divergence, windows
 from services.evaluate.model import CachedModel, through
 from services.evaluate.report import COMPARED, Evaluation, Plan, plot, table
+from services.model.directory import fingerprint
+from services.profiles.obtain import layout_of
 from tests.engine_support import make_model
+from tests.profile_support import profile_of
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew a potion of bright green herbs\n"
 
@@ -58,8 +61,8 @@ def test_ratio_counts_every_byte_of_every_blob(evaluation):
     _, stored = through(codec, item.cache, item.window.ids[:64], 16)
     keys, values = item.cache
     blobs = [codec.encode(keys[:, :, a : a + 16], values[:, :, a : a + 16], start=a).to_bytes() for a in range(0, 64, 16)]
-    assert stored == sum(map(len, blobs))
-    assert evaluation.measure(codec, 16)["ratio"] == pytest.approx(2 * 2 * keys.numel() / stored, rel=1e-6)
+    assert stored.size_bytes == sum(map(len, blobs)) and stored.expected_divergence_nats == 0
+    assert evaluation.measure(codec, 16)["ratio"] == pytest.approx(2 * 2 * keys.numel() / stored.size_bytes, rel=1e-6)
 
 
 def test_a_cache_taken_out_and_put_back_continues_as_if_never_touched(evaluation):
@@ -133,6 +136,30 @@ def test_the_command_prints_one_object_and_refuses_what_cannot_be(model_dir, tex
     assert result["codec"] == "svd" and result["options"]["ratio"] == 3.0 and result["windows"] == 1
     assert main([*base, "--codec", "int8", "--ratio", "3"]) == 2
     assert "no option ratio" in capsys.readouterr().err
-    assert main([*base, "--codec", "transform"]) == 2
+    assert main([*base, "--codec", "transform", "--profile", "/nonexistent"]) == 2
     assert "calibrate" in capsys.readouterr().err
     assert main([*base, "--plot", "x.svg"]) == 2
+
+
+def test_a_profile_is_made_once_and_another_models_is_refused(model_dir, texts, tmp_path, monkeypatch, capsys):
+    """Without `--profile` the model is calibrated and the profile kept; the second command finds it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def calibrate_model(directory, report):
+        made.append(directory)
+        return profile_of(layout_of(directory), fingerprint(directory))
+
+    monkeypatch.setattr("services.calibrate.run.calibrate_model", calibrate_model)
+    asked = ["--json", "--model", str(model_dir), "--texts", *texts, "--prefix", "64", "--continue", "16", "--windows", "1", "--quick"]
+    assert main(["evaluate", *asked, "--codec", "transform", "--max-divergence", "0.5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["options"]["max_divergence"] == 0.5 and result["expected_divergence_nats"] <= 0.5
+    assert main(["evaluate", *asked, "--compare"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert len(made) == 1 and {r["codec"] for r in results} == {name for name, _, _ in COMPARED}
+    assert [r["fidelity"] for r in results if r["fidelity"]] == [1, 2] and "transform, 1" in table(results)
+    other = tmp_path / "other.profile"
+    profile_of(layout_of(model_dir), "ab" * 32).save(other)
+    assert main(["evaluate", *asked, "--codec", "transform", "--profile", str(other)]) == 2
+    assert "calibrate this model" in capsys.readouterr().err
