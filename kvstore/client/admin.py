@@ -9,7 +9,7 @@ from typing import Any
 
 from kvstore.errors import DeadlineError, NotFoundError, TransportError
 from kvstore.metadata import NodeRecord
-from kvstore.metadata.quotas import read_quotas, set_quota
+from kvstore.metadata.subjects import FLOORS, QUOTAS
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .membership import Membership
@@ -69,11 +69,19 @@ class Admin:
 
     async def quotas(self) -> dict[str, int]:
         """Bytes that each tenant, or namespace, with a quota may hold in the whole cluster."""
-        return await read_quotas(self._membership.require())
+        return await QUOTAS.read(self._membership.require())
 
     async def set_quota(self, subject: str, size_bytes: int | None) -> dict[str, int]:
         """Set a quota, or with None lift it; nodes heed it within a second. Answers all quotas."""
-        return await set_quota(self._membership.require(), subject, size_bytes)
+        return await QUOTAS.set(self._membership.require(), subject, size_bytes)
+
+    async def floors(self) -> dict[str, float]:
+        """Relative error that the ladder may give the blocks of each tenant, or namespace, with a floor."""
+        return await FLOORS.read(self._membership.require())
+
+    async def set_floor(self, subject: str, max_distortion: float | None) -> dict[str, float]:
+        """Set a floor, or with None lift it; nodes heed it within a second. Answers all floors."""
+        return await FLOORS.set(self._membership.require(), subject, max_distortion)
 
     async def _by_key(self, rpc: str, keys: Sequence[bytes], request: Any) -> list[str]:
         """Ask every node. Of a key's answers OK counts most, then why it failed where it is, NOT_FOUND least."""

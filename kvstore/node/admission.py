@@ -8,8 +8,9 @@ from kvstore.arena.pages import PageAllocator
 from kvstore.block import BlockHeader
 from kvstore.clock import Clock
 from kvstore.codecs import PROFILE_WIRE_ID
-from kvstore.eviction.base import EvictionPolicy, Request
+from kvstore.eviction.base import BlockInfo, EvictionPolicy, Request
 
+from .floors import FloorTable
 from .quotas import QuotaTable
 from .table import BlockTable, Entry, block_id, block_info
 
@@ -30,6 +31,7 @@ class Admission:
     waterline : float
         Of the cluster, as last heard; 0.0 admits everything.
     quotas : QuotaTable
+    floors : FloorTable
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Admission:
     ) -> None:
         self.waterline = 0.0
         self.quotas = QuotaTable()
+        self.floors = FloorTable()
         self._clock = clock
         self._policy = policy
         self._allocator = allocator
@@ -66,10 +69,14 @@ class Admission:
         else:
             return None
         if self._table.get(id) is None:  # of one that is resident, in a worse copy, the policy must not hear that it went
-            info = block_info(header, self._page_bytes, owner)
+            info = self.info(header, owner)
             self._policy.access(request, [info])  # so that it knows the block when it comes back
             self._policy.removed(info.id)
         return self.refused(id, request, reason)
+
+    def info(self, header: BlockHeader, owner: str) -> BlockInfo:
+        """The block as the policy is told of it: its ladder ends at the floor of its owner or namespace."""
+        return block_info(header, self._page_bytes, owner, self.floors.fidelity(header, owner))
 
     def refused(self, id: bytes, request: Request, reason: str) -> str:
         """Note that the request's block was refused, by whomever; answers `reason`."""
@@ -80,7 +87,7 @@ class Admission:
         """Whether a block would not be the next to leave."""
         if self._allocator.free_pages >= pages or header.codec == PROFILE_WIRE_ID:
             return True
-        victim, info = self._policy.victim(self._clock.now()), block_info(header, self._page_bytes, owner)
+        victim, info = self._policy.victim(self._clock.now()), self.info(header, owner)
         # The next victim is the waterline as this node knows it now; that of the reports says whether there is room elsewhere.
         return victim is None or self.waterline <= 0.0 or self._policy.worth(request, info) >= victim.value
 

@@ -156,7 +156,8 @@ class NodeEngine:
                 self._free(reservation.layers)
                 return Status.BUSY if better else Status.ALREADY_EXISTS
             self._drop(resident, REPLACED)
-        entry = self.table.insert(header, reservation.layers, self.clock.now(), self.config.page_bytes, reservation.owner)
+        info = self.admission.info(header, reservation.owner)
+        entry = self.table.insert(header, reservation.layers, self.clock.now(), info, reservation.owner)
         self.admission.quotas.count(entry, entry.pages * self.config.page_bytes)
         self.requests.used(reservation.request, [entry.id])
         self.policy.access(reservation.request, [entry.info])
@@ -183,7 +184,8 @@ class NodeEngine:
             entry = None if victim is None else self.table.get(victim.id)
             if victim is None or entry is None or entry.holds:
                 raise CapacityError("every block is pinned, leased or being written; retry, or raise --arena")
-            if victim.rung is None:
+            # A floor that is newer than the block ends its ladder here: what may not stand lower goes.
+            if victim.rung is None or entry.top - victim.rung < self.admission.floors.fidelity(entry.header, entry.owner):
                 self._drop(entry, "pressure")
             else:
                 self._demote(entry, victim.rung)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from kvstore.errors import ConcertinaError, InvalidInputError
 from kvstore.eviction.cluster import Pressure, waterline
 from kvstore.metadata import Metadata, NodeRecord
-from kvstore.metadata.quotas import MAX_SUBJECTS, QUOTAS, parse_quotas
+from kvstore.metadata.subjects import FLOORS, MAX_SUBJECTS, QUOTAS
 
 from .engine import NodeEngine
 
@@ -82,24 +82,26 @@ class ClusterOrder:
         usage = json.dumps(self._engine.admission.quotas.usage())
         return replace(record, pressure=self.report().to_text(), readers=round(self._readers, 2), usage=usage)
 
-    def hear(self, records: Iterable[NodeRecord], quotas: bytes | None) -> None:
-        """Take the newest records of all living nodes, this one's included, and the metadata's value of `QUOTAS`.
+    def hear(self, records: Iterable[NodeRecord], quotas: bytes | None, floors: bytes | None = None) -> None:
+        """Take the newest records of all living nodes, this one's included, and the metadata's values of `QUOTAS` and `FLOORS`.
 
         Raises
         ------
         InvalidInputError
-            For quotas that cannot be read; those before stay.
+            For quotas or floors that cannot be read; those before stay.
         """
         others = [record for record in records if record.incarnation != self._incarnation]
         self._others = [record.incarnation for record in others]
         reports = [Pressure.from_text(r.pressure, max(r.arena_bytes - r.used_bytes, 0), r.arena_bytes) for r in others]
         admission = self._engine.admission
         admission.waterline = waterline([self.report(), *reports])
-        admission.quotas.hear(parse_quotas(quotas), [_usage(record) for record in others])
+        admission.quotas.hear(QUOTAS.parse(quotas), [_usage(record) for record in others])
+        admission.floors.hear(FLOORS.parse(floors))
 
     async def listen(self) -> None:
         """Read what `hear` takes. Raises what the metadata raises."""
-        self.hear(await self._metadata.nodes(), await self._metadata.get_value(QUOTAS))
+        settings = [await self._metadata.get_value(setting.name) for setting in (QUOTAS, FLOORS)]
+        self.hear(await self._metadata.nodes(), *settings)
 
     async def learn(self) -> None:
         """Tell the others what this node's policy learnt, and heed what theirs did. Raises what the metadata raises."""

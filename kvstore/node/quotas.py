@@ -1,6 +1,6 @@
 """Bounds on what tenants may hold in the whole cluster.
 
-The bounds are in the metadata (`kvstore.metadata.quotas`). Every node counts what it holds of each subject, publishes that with its
+The bounds are in the metadata (`kvstore.metadata.subjects`). Every node counts what it holds of each subject, publishes that with its
 record, and makes a tenant that is over its bound give up its own oldest blocks before it takes another: nobody else's go for them.
 """
 

@@ -28,13 +28,14 @@ def block_id(owner: str, key: bytes) -> bytes:
     return digest(b"concertina-owned-block", owner.encode(), key) if owner else key
 
 
-def block_info(header: BlockHeader, page_bytes: int, owner: str = "") -> BlockInfo:
-    """The block as an eviction policy sees it: rung 0 is all that is present now, each further rung one layer less."""
+def block_info(header: BlockHeader, page_bytes: int, owner: str = "", least: int = 1) -> BlockInfo:
+    """The block as an eviction policy sees it: rung 0 is all that is present now, each further rung one layer less, down to `least`."""
     sizes, losses, total = [], [], 0
-    for row in header.rows[: header.present]:
+    for fidelity, row in enumerate(header.rows[: header.present], 1):
         total += pages_of(row.size_bytes, page_bytes) * page_bytes
-        sizes.append(total)
-        losses.append(_loss(row, header.rows[header.present - 1]))
+        if fidelity >= least:
+            sizes.append(total)
+            losses.append(_loss(row, header.rows[header.present - 1]))
     parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
     depth = header.start // header.tokens
     return BlockInfo(block_id(owner, header.key), parent, depth, tuple(reversed(sizes)), tuple(reversed(losses)))
@@ -145,9 +146,8 @@ class BlockTable:
         """Every entry of this key, whoever owns it."""
         return [self._entries[id] for id in (key, *self._aliases.of(key)) if id in self._entries]
 
-    def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, page_bytes: int, owner: str = "") -> Entry:
-        """Add a block whose id is not resident."""
-        info = block_info(header, page_bytes, owner)
+    def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, info: BlockInfo, owner: str = "") -> Entry:
+        """Add a block whose id is not resident; `info` is what the policy was or will be told of it."""
         entry = Entry(header, layers, header.present, next(self._generations), now, info, owner)
         self._entries[entry.id] = entry
         self._aliases.add(header.key, entry.id)

@@ -1,4 +1,4 @@
-"""``concertina blocks quota`` and the policies that a system refuses."""
+"""``concertina blocks quota|floor`` and the policies that a system refuses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from services.cli import main
 @pytest.mark.parametrize("arguments", [["alice"], ["--size", "1GiB"], ["alice", "bob", "--size", "1GiB"]])
 def test_a_quota_needs_one_subject_and_its_size(arguments: list[str]) -> None:
     assert main(["blocks", "quota", *arguments, "--redis", "redis://127.0.0.1:1/0"]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["alice"], ["--max-distortion", "0.1"], ["alice", "--size", "1GiB"]])
+def test_a_floor_needs_one_subject_and_its_distortion(arguments: list[str]) -> None:
+    assert main(["blocks", "floor", *arguments, "--redis", "redis://127.0.0.1:1/0"]) == 2
 
 
 def test_up_refuses_a_policy_that_sees_the_future(capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ from kvstore.errors import InvalidInputError
 from kvstore.eviction import create
 from kvstore.eviction.cluster import BINS, Pressure, bin_of
 from kvstore.metadata import InprocMetadata, InprocState, NodeRecord
-from kvstore.metadata.quotas import MAX_SUBJECTS, parse_quotas, read_quotas, set_quota
+from kvstore.metadata.subjects import FLOORS, MAX_SUBJECTS, QUOTAS
 from kvstore.node.config import NodeConfig
 from kvstore.node.engine import NodeEngine
 from kvstore.node.pressure import ClusterOrder
@@ -184,22 +184,22 @@ def test_held_blocks_of_a_tenant_stay() -> None:
 @pytest.mark.parametrize("value", [b"[]", b"{", b'{"a": -1}', b'{"a": "b"}', b'{"a": true}'])
 def test_quotas_that_cannot_be_read_are_refused(value: bytes) -> None:
     with pytest.raises(InvalidInputError):
-        parse_quotas(value)
-    assert parse_quotas(None) == {}
+        QUOTAS.parse(value)
+    assert QUOTAS.parse(None) == {}
 
 
 async def test_quotas_are_kept_in_the_metadata() -> None:
     metadata = InprocMetadata(ManualClock())
-    assert await set_quota(metadata, "alice", 100) == {"alice": 100}
-    assert await set_quota(metadata, "bob", 5) == {"alice": 100, "bob": 5}
-    assert await set_quota(metadata, "alice", None) == {"bob": 5} == await read_quotas(metadata)
+    assert await QUOTAS.set(metadata, "alice", 100) == {"alice": 100}
+    assert await QUOTAS.set(metadata, "bob", 5) == {"alice": 100, "bob": 5}
+    assert await QUOTAS.set(metadata, "alice", None) == {"bob": 5} == await QUOTAS.read(metadata)
     for subject, size in (("", 1), ("x" * 65, 1), ("carol", -1), ("a\nb", 1)):
         with pytest.raises(InvalidInputError):
-            await set_quota(metadata, subject, size)
+            await QUOTAS.set(metadata, subject, size)
     for number in range(MAX_SUBJECTS - 1):
-        await set_quota(metadata, f"tenant {number}", 1)
+        await QUOTAS.set(metadata, f"tenant {number}", 1)
     with pytest.raises(InvalidInputError):
-        await set_quota(metadata, "one too many", 1)
+        await QUOTAS.set(metadata, "one too many", 1)
 
 
 def test_usage_that_cannot_be_read_is_nothing() -> None:
@@ -207,3 +207,46 @@ def test_usage_that_cannot_be_read_is_nothing() -> None:
     for usage in ("nonsense", "[1]", '{"x": "y"}', ""):
         node.order().hear([record("b", 0, 1.0, usage=usage)], b'{"x": 5}')
         assert node.engine.admission.quotas.over(["x"], 5) is None
+
+
+LAYERS = (PAGE, PAGE)
+
+
+def put_layers(node: Node, number: int, namespace: bytes) -> Status:
+    """A block of two layers, of error 0.1 and 0.05."""
+    node.clock.advance(1.0)
+    header = block(number, LAYERS, namespace=namespace).header
+    decision = node.engine.reserve(header, node.engine.request(64, header.parent))
+    return decision if isinstance(decision, Status) else node.engine.commit(decision)
+
+
+def fidelities(node: Node) -> dict[int, int]:
+    return {number: node.engine.table.get(key_of(number)).header.present for number in node.held()}
+
+
+@pytest.mark.parametrize(("floor", "demoted"), [(0.2, True), (0.07, False), (0.0, False)])
+def test_the_ladder_ends_at_a_tenants_floor(floor: float, demoted: bool) -> None:
+    node = Node(8, "lru")
+    node.order().hear([], None, json.dumps({NAMESPACE.hex(): floor}).encode())
+    assert [put_layers(node, number, NAMESPACE) for number in range(6)] == [Status.OK] * 6
+    assert (1 in fidelities(node).values()) is demoted
+    assert bool(node.engine.tally.evictions["pressure"]) is not demoted
+    node.engine.check()
+
+
+def test_a_floor_is_one_tenants_alone_and_holds_for_blocks_that_are_older() -> None:
+    node = Node(8, "lru")
+    assert [put_layers(node, number, OTHER if number % 2 else NAMESPACE) for number in range(4)] == [Status.OK] * 4
+    node.order().hear([], None, json.dumps({NAMESPACE.hex(): 0.07}).encode())
+    assert [put_layers(node, number, OTHER) for number in range(4, 8)] == [Status.OK] * 4
+    mine = {number: fidelity for number, fidelity in fidelities(node).items() if number in (0, 2)}
+    assert set(mine.values()) <= {2}, "dropped or whole"
+    assert 1 in fidelities(node).values()
+    node.engine.check()
+
+
+@pytest.mark.parametrize("value", [b'{"a": -0.1}', b'{"a": "b"}', b'{"a": Infinity}', b'{"a": NaN}', b'{"a": true}'])
+def test_floors_that_cannot_be_read_are_refused(value: bytes) -> None:
+    with pytest.raises(InvalidInputError):
+        FLOORS.parse(value)
+    assert FLOORS.parse(b'{"a": 0.5, "b": 0}') == {"a": 0.5, "b": 0}
