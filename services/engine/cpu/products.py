@@ -13,18 +13,20 @@ from .tiles import PANEL, tile
 #: Distances in bytes.
 _FLOAT, _HALF_PANEL = 4, PANEL // 2
 #: (rows, vectors of outputs) of tiles, by the weights' type: with weights and inputs they fill the 16 registers.
-_FOUR_F32, _TWO_F32, _ONE_F32 = (tile(rows, vectors, types.float32) for rows, vectors in ((4, 3), (2, 3), (1, 6)))
-_FOUR_BF16, _TWO_BF16, _ONE_BF16 = (tile(rows, vectors, types.uint16) for rows, vectors in ((4, 3), (2, 3), (1, 6)))
+_FOUR_F32, _FOUR_BF16 = (tile(4, 3, weight, asks_ahead=True) for weight in (types.float32, types.uint16))
+_TWO_F32, _TWO_BF16 = (tile(2, 3, weight) for weight in (types.float32, types.uint16))
+_ONE_F32, _ONE_BF16 = (tile(1, 6, weight) for weight in (types.float32, types.uint16))
 
 
 @njit(**JIT)
-def _four_rows(x, inputs, out, outputs, weights, size_bytes):
+def _four_rows(x, inputs, out, outputs, weights, size_bytes, ahead, ahead_step):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _FOUR_F32(x, inputs, target, outputs, part, inputs)
+            _FOUR_F32(x, inputs, target, outputs, part, inputs, ahead, ahead_step)
         else:
-            _FOUR_BF16(x, inputs, target, outputs, part, inputs)
+            _FOUR_BF16(x, inputs, target, outputs, part, inputs, ahead, ahead_step)
+        ahead += inputs * ahead_step
 
 
 @njit(**JIT)
@@ -32,28 +34,33 @@ def _two_rows(x, inputs, out, outputs, weights, size_bytes):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _TWO_F32(x, inputs, target, outputs, part, inputs)
+            _TWO_F32(x, inputs, target, outputs, part, inputs, part, 0)
         else:
-            _TWO_BF16(x, inputs, target, outputs, part, inputs)
+            _TWO_BF16(x, inputs, target, outputs, part, inputs, part, 0)
 
 
 @njit(**JIT)
 def _one_row(x, inputs, out, outputs, weights, size_bytes):
     if size_bytes == _FLOAT:
-        _ONE_F32(x, inputs, out, outputs, weights, inputs)
+        _ONE_F32(x, inputs, out, outputs, weights, inputs, weights, 0)
     else:
-        _ONE_BF16(x, inputs, out, outputs, weights, inputs)
+        _ONE_BF16(x, inputs, out, outputs, weights, inputs, weights, 0)
 
 
 @njit(parallel=True, **JIT)
 def _multiply(x, out, packed, rows, inputs, panels, size_bytes):
-    """out [rows, panels · PANEL] = x [rows, inputs] times packed weights of `size_bytes` each; all are addresses."""
-    outputs = panels * PANEL
+    """out [rows, panels · PANEL] = x [rows, inputs] times packed weights of `size_bytes` each; all are addresses.
+
+    Four rows take long enough over a panel for the next one to come from memory meanwhile; each two passes of theirs ask for a part.
+    """
+    outputs, panel_bytes = panels * PANEL, inputs * PANEL * size_bytes
+    share = PANEL * size_bytes // (2 * max(rows // 4, 1))
     for panel in prange(panels):
-        weights = packed + panel * inputs * PANEL * size_bytes
-        source, target, row = x, out + panel * PANEL * _FLOAT, 0
+        weights = packed + panel * panel_bytes
+        source, target, row, ahead = x, out + panel * PANEL * _FLOAT, 0, weights + panel_bytes
         while row + 4 <= rows:
-            _four_rows(source, inputs, target, outputs, weights, size_bytes)
+            _four_rows(source, inputs, target, outputs, weights, size_bytes, ahead, share)
+            ahead += 2 * inputs * share
             source, target, row = source + 4 * inputs * _FLOAT, target + 4 * outputs * _FLOAT, row + 4
         if row + 2 <= rows:
             _two_rows(source, inputs, target, outputs, weights, size_bytes)

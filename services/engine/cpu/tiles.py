@@ -27,26 +27,29 @@ _VECTOR = ir.VectorType(_FLOAT, LANES)
 _WORDS = ir.VectorType(ir.IntType(32), LANES)
 
 
-def tile(rows: int, vectors: int, weight: Any) -> Callable[..., None]:
+def tile(rows: int, vectors: int, weight: Any, *, asks_ahead: bool = False) -> Callable[..., None]:
     """An intrinsic for the products of `rows` rows with `vectors` vectors of outputs.
 
     Its arguments: address of x and of out (float32) and the distance of their rows in elements, address of the first of the panel's
-    weights for these outputs (`weight`: types.float32, or types.uint16 for bfloat16), and the number of inputs, at least 1.
+    weights for these outputs (`weight`: types.float32, or types.uint16 for bfloat16), the number of inputs, at least 1, and, with
+    `asks_ahead`, what to bring near: an address, whether there is memory of ours or not, and how many bytes from it on for each input.
     """
 
     @intrinsic
-    def multiply(typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, inputs: Any) -> Any:
+    def multiply(
+        typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, inputs: Any, ahead: Any, ahead_step: Any
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _generate(builder, args, rows, vectors, weight is types.uint16)
+            _generate(builder, args, rows, vectors, weight is types.uint16, asks_ahead)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 6), generate
+        return types.void(*[types.intp] * 8), generate
 
     return multiply
 
 
-def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool) -> None:
-    x, x_stride, out, out_stride, weights, inputs = args
+def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_ahead: bool) -> None:
+    x, x_stride, out, out_stride, weights, inputs, ahead, ahead_step = args
     word = inputs.type
     cells = list(product(range(rows), range(vectors)))
     x_rows = [_element(b, x, _FLOAT, b.mul(x_stride, word(r))) for r in range(rows)]
@@ -58,6 +61,8 @@ def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool) -> Non
     b.position_at_end(loop)
     at = b.phi(word)
     sums = [b.phi(_VECTOR) for _ in cells]
+    if asks_ahead:
+        _prefetch(b, b.add(ahead, b.mul(at, ahead_step)))
     columns = [_weights(b, weights, b.add(b.mul(at, word(PANEL)), word(v * LANES)), bfloat16) for v in range(vectors)]
     inputs_of_rows = [_splat(b, b.load(b.gep(row, [at]))) for row in x_rows]
     fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
@@ -73,6 +78,13 @@ def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool) -> Non
     b.position_at_end(after)
     for target, total in zip(targets, grown, strict=True):
         b.store(total, target, align=4)
+
+
+def _prefetch(b: Any, address: Any) -> None:
+    """Ask for the cache line at `address`, to be read, for the second level of the cache."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    hint = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0")
+    b.call(hint, [b.inttoptr(address, byte), flag(0), flag(2), flag(1)])
 
 
 def _element(b: Any, address: Any, element: Any, offset: Any) -> Any:
