@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from crc32c import crc32c
 
@@ -42,16 +43,14 @@ MAX_HEADER_BYTES = _PREFIX.size + _FIXED.size + MAX_FIDELITIES * _ROW.size
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Distortion:
+class Distortion(NamedTuple):
     """Relative squared error of what is stored against what was given: sum (x - x')² / sum x², K and V apart."""
 
     keys: float
     values: float
 
 
-@dataclass(frozen=True, slots=True)
-class LayerInfo:
+class LayerInfo(NamedTuple):
     """One layer of precision: its size and CRC, and the block's distortion when it is the topmost one present.
 
     `expected_divergence` is the profile's estimate of the harm to the model's output, in nats a token (0 when not known).
@@ -63,8 +62,7 @@ class LayerInfo:
     expected_divergence: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(NamedTuple):
     """The worst fidelity and distortion of the prefix that this block was computed on top of.
 
     `fidelity` 0 means an exact prefix.
@@ -76,6 +74,9 @@ class Provenance:
     @property
     def exact(self) -> bool:
         return self.distortion.keys == 0.0 and self.distortion.values == 0.0
+
+
+EXACT = Provenance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class BlockHeader:
     namespace: bytes = NO_PARENT
     parent: bytes = NO_PARENT
     profile: bytes = NO_PARENT
-    provenance: Provenance = Provenance()
+    provenance: Provenance = EXACT
 
     @property
     def payload_bytes(self) -> int:

@@ -27,7 +27,7 @@ from .buffers import Buffers, Carver
 #: Bytes copied and then checked while the processor's cache still holds them.
 PIECE_BYTES = 256 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
-FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 1 << 20, 32 << 20
+FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
 #: Blocks are sent together up to here, and messages are received together up to there.
 SENT_BYTES, RECEIVED_BYTES = 1 << 20, 64 << 10

@@ -34,6 +34,7 @@ SMALL_BYTES = 256 << 10
 #: Plans that one connection may have open.
 MAX_PLANS = 4
 _PEER = struct.Struct("3i")  # pid, uid, gid
+_ABSENT = door.PLANNED.pack(Status.NOT_FOUND, 0, 0)
 
 
 class DoorServer:
@@ -200,20 +201,20 @@ class Guest:
         plan, lease = self._look(body)
         self._number += 1
         self._plans[self._number] = plan, lease
-        parts = [door.NUMBER.pack(self._number)]
-        for found in plan:
-            if found is None or not self._service.engine.intact(found):
-                parts.append(door.PLANNED.pack(Status.NOT_FOUND, 0, 0))
-                continue
-            header, runs = found.header.to_bytes(), self._runs(found)
-            parts += (door.PLANNED.pack(Status.OK, len(header), len(runs)), header, *(door.RUN.pack(*run) for run in runs))
-        await self._send(door.message(Kind.PLANNED, *parts))
+        await self._send(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
 
-    def _runs(self, found: Found) -> list[tuple[int, int]]:
-        """Where in the arena the payload lies, in bytes, in its order."""
-        arena = self._service.arena
-        rows = zip(found.header.rows, found.layers, strict=False)
-        return [run for row, extents in rows for run in arena.pieces(extents, 0, row.size_bytes)]
+    def _described(self, found: Found | None) -> bytes:
+        """The header of a block and where in the arena its payload lies, as PLANNED says it."""
+        if found is None or not self._service.engine.intact(found):
+            return _ABSENT
+        generation, described = found.entry.description
+        if generation != found.generation:
+            arena, header = self._service.arena, found.header.to_bytes()
+            rows = zip(found.header.rows, found.layers, strict=False)
+            runs = [door.RUN.pack(*run) for row, extents in rows for run in arena.pieces(extents, 0, row.size_bytes)]
+            described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs)), header, *runs))
+            found.entry.description = found.generation, described
+        return described
 
     async def _done(self, number: int) -> None:
         plan, lease = self._plans.pop(number, ([], 0))

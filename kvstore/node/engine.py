@@ -11,7 +11,8 @@ bytes were still the block's, `release` ends the lease.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from itertools import groupby
+from operator import attrgetter
 
 from kvstore.arena.pages import AccountingError, Extent, PageAllocator
 from kvstore.block import BlockHeader
@@ -22,7 +23,7 @@ from kvstore.eviction.base import EvictionPolicy, Request
 from .admission import Admission
 from .config import MAX_LEASE_S, MAX_PIN_S, NodeConfig
 from .leases import LeaseTable, PinTable
-from .plans import Found, Reservation, Tally, check_keys
+from .plans import Found, Overflow, Reservation, Tally, check_keys
 from .quality import is_better
 from .requests import Requests
 from .status import Status
@@ -32,16 +33,6 @@ from .table import BlockTable, Entry, block_id, pages_of
 UNWANTED, REPLACED = ("request", "clear"), "replaced"
 #: Rows of the index that one Get may have verified because their blocks are not here.
 MAX_ABSENT = 64
-
-
-class Overflow(Protocol):
-    """The tiers behind the arena, as the engine knows them."""
-
-    def keep(self, entry: Entry) -> None:
-        """`entry` is about to lose bytes to pressure; its pages are its own until this returns."""
-
-    def forget(self, id: bytes) -> bool:
-        """Nobody wants the block any more. Returns whether it was there."""
 
 
 class NodeEngine:
@@ -147,22 +138,18 @@ class NodeEngine:
 
     def commit(self, reservation: Reservation) -> Status:
         """Make a written and verified block visible, unless a block as good came to be there in the meantime."""
-        self._end_writing(reservation)
-        header = reservation.header
-        resident = self.table.get(reservation.id)
-        if resident is not None:
-            better = is_better(header, resident.header)
-            if resident.holds or not better:
-                self._free(reservation.layers)
-                return Status.BUSY if better else Status.ALREADY_EXISTS
-            self._drop(resident, REPLACED)
-        info = self.admission.info(header, reservation.owner)
-        entry = self.table.insert(header, reservation.layers, self.clock.now(), info, reservation.owner)
-        self.admission.quotas.count(entry, entry.pages * self.config.page_bytes)
-        self.requests.used(reservation.request, [entry.id])
-        self.policy.access(reservation.request, [entry.info])
-        self._change(header.key)
-        return Status.OK
+        return self.commit_all([reservation])[0]
+
+    def commit_all(self, reservations: Iterable[Reservation]) -> list[Status]:
+        """The same for several, parents first: the policy hears once of all that belongs to one request."""
+        runs = groupby(reservations, attrgetter("request"))
+        return [status for request, run in runs for status in self._commit(request, list(run))]
+
+    def can_wait(self, header: BlockHeader) -> bool:
+        """Whether room for this block would be taken from nobody, so that those written before it may be committed with it."""
+        pages = sum(pages_of(row.size_bytes, self.config.page_bytes) for row in header.rows[: header.present])
+        few = 8 * (self.reserved_pages + pages) <= self.allocator.pages
+        return few and pages <= self.allocator.free_pages and not self.admission.quotas.limits
 
     def abort(self, reservation: Reservation) -> None:
         """Give the pages of an unfinished or failed block back."""
@@ -272,23 +259,16 @@ class NodeEngine:
         AccountingError
             If it does not hold: a bug, and reason enough not to trust this node.
         """
-        if self.table.pages + self.reserved_pages != self.allocator.used_pages:
-            kept = f"blocks have {self.table.pages} and writers {self.reserved_pages}"
-            raise AccountingError(f"{self.allocator.used_pages} of {self.allocator.pages} pages are allocated, {kept}")
+        if (table := self.table.pages) + self.reserved_pages != (used := self.allocator.used_pages):
+            raise AccountingError(f"{used} pages are allocated; blocks have {table} and writers {self.reserved_pages}")
 
     def check(self) -> None:
         """Verify the account down to each page, and the holds; O(n log n) in the number of blocks. Raises like `check_sums`."""
         self.check_sums()
         self.allocator.check()
-        counted = sum(entry.pages for entry in self.table)
-        reserved = sum(r.pages for r in self._writing.values())
-        if (counted, reserved) != (self.table.pages, self.reserved_pages):
-            sums = f"{self.table.pages} and {self.reserved_pages}"
-            raise AccountingError(f"blocks hold {counted} pages and writers {reserved}, the sums say {sums}")
-        holds = sum(entry.holds for entry in self.table)
-        promised = self.leases.holds + len(self.pins) + sum(r.parent is not None for r in self._writing.values())
-        if holds != promised:
-            raise AccountingError(f"blocks are held {holds} times, leases, pins and writers account for {promised}")
+        self.table.check(self.leases.holds + len(self.pins) + sum(r.parent is not None for r in self._writing.values()))
+        if (reserved := sum(r.pages for r in self._writing.values())) != self.reserved_pages:
+            raise AccountingError(f"writers hold {reserved} pages, the sum says {self.reserved_pages}")
 
     # ---- steps
 
@@ -359,6 +339,35 @@ class NodeEngine:
         self.policy.demoted(entry.id, rung)
         self.tally.demotions[before, after] += before - after
         self._change(entry.key)
+
+    def _commit(self, request: Request, run: Sequence[Reservation]) -> list[Status]:
+        statuses, entries, now = [], [], self.clock.now()
+        for reservation in run:
+            self._end_writing(reservation)
+            statuses.append(status := self._displace(reservation))
+            if status is Status.OK:
+                header, owner = reservation.header, reservation.owner
+                entries.append(self.table.insert(header, reservation.layers, now, self.admission.info(header, owner), owner))
+                self.admission.quotas.count(entries[-1], entries[-1].pages * self.config.page_bytes)
+            else:
+                self._free(reservation.layers)
+        if entries:
+            self.requests.used(request, [entry.id for entry in entries])
+            self.policy.access(request, [entry.info for entry in entries])
+            for entry in entries:
+                self._change(entry.key)
+        return statuses
+
+    def _displace(self, reservation: Reservation) -> Status:
+        """Drop a worse block of the same name; anything but OK says why the new one is not to come in."""
+        resident = self.table.get(reservation.id)
+        if resident is None:
+            return Status.OK
+        better = is_better(reservation.header, resident.header)
+        if resident.holds or not better:
+            return Status.BUSY if better else Status.ALREADY_EXISTS
+        self._drop(resident, REPLACED)
+        return Status.OK
 
     def _end_writing(self, reservation: Reservation) -> None:
         if self._writing.get(reservation.id) is not reservation:

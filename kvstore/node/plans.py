@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvstore.arena.pages import Extent
 from kvstore.block import BlockHeader
@@ -48,6 +48,16 @@ class Found(NamedTuple):
         if 0 < max_fidelity < header.present:
             header = header.truncate(max_fidelity)
         return cls(entry, entry.generation, header, tuple(entry.layers[: header.present]))
+
+
+class Overflow(Protocol):
+    """The tiers behind the arena, as the engine knows them."""
+
+    def keep(self, entry: Entry) -> None:
+        """`entry` is about to lose bytes to pressure; its pages are its own until this returns."""
+
+    def forget(self, id: bytes) -> bool:
+        """Nobody wants the block any more. Returns whether it was there."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvstore.arena.pages import Extent
+from kvstore.arena.pages import AccountingError, Extent
 from kvstore.block import BlockHeader, LayerInfo
 from kvstore.eviction.base import BlockInfo
 from kvstore.identity import NO_PARENT, digest
@@ -76,6 +76,8 @@ class Entry:
         Tenant whose credential stored it; empty where credentials are not asked for.
     holds : int
         Leases and pins on it; while there are any it is neither dropped, demoted nor replaced.
+    description : tuple of (int, bytes)
+        What the door says of it, header and places, and the generation of which that is true: made at the first read.
     """
 
     header: BlockHeader
@@ -86,6 +88,7 @@ class Entry:
     info: BlockInfo
     owner: str = ""
     holds: int = 0
+    description: tuple[int, bytes] = (0, b"")
     pages: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,6 +183,14 @@ class BlockTable:
         """The `limit` entries with the smallest ids above `after`, in their order, of `owner` alone unless it is None; O(n log limit)."""
         ids = (id for id, entry in self._entries.items() if id > after and owner in (None, entry.owner))
         return [self._entries[id] for id in heapq.nsmallest(limit, ids)]
+
+    def check(self, holds: int) -> None:
+        """Verify the sum of pages, and that blocks are held `holds` times in all. Raises AccountingError."""
+        pages, held = sum(entry.pages for entry in self), sum(entry.holds for entry in self)
+        if pages != self.pages:
+            raise AccountingError(f"blocks hold {pages} pages, the sum says {self.pages}")
+        if held != holds:
+            raise AccountingError(f"blocks are held {held} times, leases, pins and writers account for {holds}")
 
     def _count(self, entry: Entry, sign: int) -> None:
         header = entry.header

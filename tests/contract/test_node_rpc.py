@@ -233,7 +233,7 @@ async def test_frames_out_of_order_end_the_stream(stub, node: StoreNode, stream:
 
 async def test_a_header_that_lies_about_its_size_costs_no_memory(stub, node: StoreNode) -> None:
     honest = block(0, (10,)).header
-    lying = replace(honest, rows=(replace(honest.rows[0], size_bytes=2**31),))
+    lying = replace(honest, rows=(honest.rows[0]._replace(size_bytes=2**31),))
     answer = await stub.Put(iter([pb.PutRequest(index=0, header=lying.to_bytes(), payload=b"x" * 10)]))
     assert list(answer.statuses) == [NO_ROOM]
     assert node.engine.reserved_bytes == 0

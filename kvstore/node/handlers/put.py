@@ -19,6 +19,8 @@ from ..table import block_id
 from ..wire import PutFrame, parse_put
 from .base import Handler, Service
 
+#: Whole blocks that wait to be committed together.
+MAX_WAITING = 64
 DRAINING = "this node is shutting down and takes no more blocks; put them on another"
 
 
@@ -49,7 +51,9 @@ class Put(Handler):
 class Incoming:
     """The blocks of one Put stream: at most one is being written at a time.
 
-    `statuses` has the outcome of each finished block, by index; `open` says whether one more has begun.
+    Those that are whole wait for each other while nothing has to leave for them: to commit several at once costs a node half as much.
+
+    `statuses` has the outcome of each finished block, by index; what waits counts as stored. `open` says whether one more has begun.
     """
 
     def __init__(self, service: Service, owner: str = "") -> None:
@@ -62,6 +66,7 @@ class Incoming:
         self._reservation: Reservation | None = None
         self._writer: BlockWriter | None = None
         self._refusal = Status.DATA_LOSS
+        self._waiting: dict[bytes, tuple[int, Reservation]] = {}  # by key
 
     async def take(self, frame: PutFrame) -> None:
         """Take the next frame.
@@ -74,7 +79,7 @@ class Incoming:
         if len(frame.payload) > MAX_FRAME_BYTES:
             raise InvalidInputError(f"a frame holds at most {MAX_FRAME_BYTES} payload bytes, not {len(frame.payload)}")
         if frame.header is not None:
-            self.finish()
+            self._close()
             if frame.index != len(self.statuses) or frame.index >= MAX_KEYS:
                 raise InvalidInputError(f"block {frame.index} came where {len(self.statuses)} was due; count from 0, below {MAX_KEYS}")
             self._begin(frame.header, frame.input_tokens)
@@ -87,27 +92,42 @@ class Incoming:
                 self._refuse()
 
     def finish(self) -> None:
-        """End the block that is open, if any: commit it if all of it has come."""
+        """End the stream: commit the block that is open, if all of it has come, and those before it."""
+        self._close()
+        self._commit()
+
+    def abandon(self) -> None:
+        """The stream has ended, in whatever way: commit what is whole, and give the pages of an unfinished block back."""
+        self._abort()
+        self._commit()
+
+    def _close(self) -> None:
+        """End the block that is open, if any."""
         if not self.open:
             return
         if self._reservation is not None and self._writer.left:
             self._refuse()
-        status = self._refusal
+        if self._reservation is not None:
+            self._waiting[self._reservation.header.key] = len(self.statuses), self._reservation
+        self.statuses.append(self._refusal if self._reservation is None else Status.OK)
+        self._reservation = None
+        self.open = False
+
+    def _abort(self) -> None:
         if self._reservation is not None:
             reservation, self._reservation = self._reservation, None
-            status = self._service.engine.commit(reservation)
+            self._service.engine.abort(reservation)
+
+    def _commit(self) -> None:
+        """Make visible what is whole."""
+        waiting, self._waiting = self._waiting.values(), {}
+        outcomes = self._service.engine.commit_all(reservation for _, reservation in waiting)
+        for (index, reservation), status in zip(waiting, outcomes, strict=True):
+            self.statuses[index] = status
             if status is Status.OK:
                 distortion = reservation.header.rows[reservation.header.present - 1].distortion
                 self._service.distortion_keys.observe(distortion.keys)
                 self._service.distortion_values.observe(distortion.values)
-        self.statuses.append(status)
-        self.open = False
-
-    def abandon(self) -> None:
-        """Give the pages of an unfinished block back; the stream has ended."""
-        if self._reservation is not None:
-            reservation, self._reservation = self._reservation, None
-            self._service.engine.abort(reservation)
 
     def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
         if not self._service.admitting:
@@ -122,6 +142,8 @@ class Incoming:
         if header.header_bytes != len(header_bytes):
             self._refuse()
             return
+        if len(self._waiting) == MAX_WAITING or header.key in self._waiting or not engine.can_wait(header):
+            self._commit()
         if self._request is None or header.parent != self._last_key:
             self._request = engine.request(input_tokens, block_id(self._owner, header.parent))
         self._last_key = header.key
@@ -134,6 +156,6 @@ class Incoming:
 
     def _refuse(self) -> None:
         """The block's bytes do not certify themselves: nothing of it stays."""
-        self.abandon()
+        self._abort()
         self._refusal = Status.DATA_LOSS
         self._service.metrics.corrupt_blocks.labels(where="put").inc()
