@@ -13,13 +13,18 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
     GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then a byte as of INTACT; a message for each key
     PUT    tokens u32 | header; then the payload
     END                             STATUSES a status u8 for each PUT since the last END
+    STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
+                                    its descriptor; on the Unix socket only
+    OFFER  OFFERs, each with its header      STATUSES a status u8 for each: its payload lies in that memory
 
-A RUN is ``offset u64 | bytes u64`` in the arena. A refused HELLO, and any message that is none of these, ends the connection.
+A RUN is ``offset u64 | bytes u64`` in the arena, an OFFER ``tokens u32 | offset u64 | bytes u64 | header bytes u16``. A refused HELLO, and
+any message that is none of these, ends the connection.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 
 from .errors import TransportError
@@ -29,6 +34,7 @@ NUMBER = struct.Struct("<I")
 ARENA = struct.Struct("<Q")
 PLANNED = struct.Struct("<BHI")
 RUN = struct.Struct("<QQ")
+OFFER = struct.Struct("<IQQH")
 KEY_BYTES = 32
 #: The longest request: 65,536 keys.
 MAX_REQUEST_BYTES = NUMBER.size + 65_536 * KEY_BYTES
@@ -51,6 +57,9 @@ class Kind(IntEnum):
     PUT = 9
     END = 10
     STATUSES = 11
+    STAGE = 12
+    STAGED = 13
+    OFFER = 14
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:
@@ -71,6 +80,19 @@ def split_keys(body: memoryview) -> list[bytes]:
     if len(body) % KEY_BYTES:
         raise TransportError("a key is cut short")
     return [bytes(body[at : at + KEY_BYTES]) for at in range(0, len(body), KEY_BYTES)]
+
+
+def split_offers(body: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
+    """Tokens, offset, bytes and header of each block of an OFFER. Raises TransportError where one is cut short."""
+    at = 0
+    while at < len(body):
+        if at + OFFER.size > len(body):
+            raise TransportError("an offer is cut short")
+        tokens, offset, size, header_bytes = OFFER.unpack_from(body, at)
+        at += OFFER.size + header_bytes
+        if at > len(body):
+            raise TransportError("an offer is cut short")
+        yield tokens, offset, size, body[at - header_bytes : at]
 
 
 def local_name(incarnation: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .device import Arena, CpuArena, available_memory, create
+from .device import Arena, CpuArena, available_memory, create, sealed_memory
 from .host import allow_open_files, give_freed_memory_back, host_identity, keep_freed_memory
 from .pages import AccountingError, Extent, PageAllocator
 
@@ -18,4 +18,5 @@ __all__ = [
     "host_identity",
     "give_freed_memory_back",
     "keep_freed_memory",
+    "sealed_memory",
 ]

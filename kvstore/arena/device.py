@@ -77,6 +77,10 @@ class Arena:
         """
         return [self._load(start, size) for start, size in self.pieces(extents, offset, length)]
 
+    def written(self, extents: Sequence[Extent], offset: int, data: memoryview) -> list[Buffer]:
+        """What a checksum of `data`, written there a moment ago, is taken of: on the CPU the arena's own bytes, else `data`."""
+        return [data]
+
     def close(self) -> None:
         """Give the memory back. Views that are still about keep it alive."""
 
@@ -112,11 +116,7 @@ class CpuArena(Arena):
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         super().__init__(size_bytes, page_bytes)
-        self.fd = os.memfd_create("concertina-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.fchmod(self.fd, 0o600)
-        os.ftruncate(self.fd, self.size_bytes)
-        # A reader that has mapped it could be killed by a page that is gone.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.fd = sealed_memory("concertina-arena", self.size_bytes)
         self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._view = memoryview(self._map)
         self._readonly = self._view.toreadonly()
@@ -127,6 +127,9 @@ class CpuArena(Arena):
         import torch
 
         return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def written(self, extents: Sequence[Extent], offset: int, data: memoryview) -> list[Buffer]:
+        return self.read(extents, offset, len(data))
 
     def _store(self, start: int, data: memoryview) -> None:
         self._bytes[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
@@ -172,6 +175,15 @@ class CudaArena(Arena):
                 self._staging[:size].copy_(self._tensor[start + at : start + at + size])
                 out[at : at + size] = self._host[:size]
         return out
+
+
+def sealed_memory(name: str, size_bytes: int) -> int:
+    """Descriptor of nameless shared memory of this user, of a size that nobody can change: a page that is gone would kill who maps it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(fd, 0o600)
+    os.ftruncate(fd, size_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
 def create(size_bytes: int, device: str = "cpu", page_bytes: int = 4096) -> Arena:

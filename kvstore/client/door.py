@@ -6,7 +6,6 @@ before the node has said, after the copy, that the bytes were the block's to the
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
 import struct
@@ -23,19 +22,18 @@ from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
+from .line import Line, map_memory, receive_memory
+from .staging import Stage
 
 #: Bytes copied and then checked while the processor's cache still holds them.
 PIECE_BYTES = 256 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
-#: Blocks are sent together up to here, and messages are received together up to there.
-SENT_BYTES, RECEIVED_BYTES = 1 << 20, 64 << 10
-MAX_IOV = 512
-MAPPED_AT_ONCE_BYTES = 4 << 30
+#: Blocks are sent together up to here.
+SENT_BYTES = 1 << 20
 OK = 1
 _PEER = struct.Struct("3i")
-_TIME = struct.Struct("@qq")  # seconds, microseconds
 
 #: Looks at a header before memory is set aside; False ends the reading.
 Accept = Callable[[int, BlockHeader], bool]
@@ -43,24 +41,21 @@ Accept = Callable[[int, BlockHeader], bool]
 Take = Callable[[list[tuple[int, EncodedBlock]]], None]
 
 
-class Door:
-    """An open connection. Made by `open_door`; every method raises OSError or TransportError when the node is gone or late."""
+class Door(Line):
+    """An open connection. Made by `open_door`.
+
+    Parameters
+    ----------
+    peer : socket
+        That has been welcomed.
+    arena : uint8 [bytes], optional
+        The node's memory, where it shares it.
+    """
 
     def __init__(self, peer: socket.socket, arena: np.ndarray | None) -> None:
+        super().__init__(peer)
         self.arena = arena
-        self._peer = peer
-        self._deadline = 0.0
-        self._inbox = memoryview(bytearray(RECEIVED_BYTES))
-        self._start = self._stop = 0
-
-    @property
-    def open(self) -> bool:
-        """Whether it can be used again."""
-        return self._peer.fileno() >= 0
-
-    def close(self) -> None:
-        """End the connection. Safe to call twice."""
-        self._peer.close()
+        self._stage: Stage | None = None
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float
@@ -84,38 +79,44 @@ class Door:
         CorruptBlockError
             For bytes that do not certify themselves; the blocks before it have been taken.
         """
-        self._deadline = time.monotonic() + timeout_s
+        self.deadline = time.monotonic() + timeout_s
         way = self._read_stream if self.arena is None else self._read_shared
         return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
-        self._deadline = time.monotonic() + timeout_s
+        self.deadline = time.monotonic() + timeout_s
+        if self._stage is None and self._peer.family == socket.AF_UNIX:
+            self._stage = Stage.ask(self)
+        staged = self._stage is not None and all(self._stage.fits(block) for block, _ in blocks)
+        statuses = self._stage.write(self, blocks) if staged else self._write_stream(blocks)
+        if len(statuses) != len(blocks):
+            raise TransportError(f"a node answered {len(statuses)} of {len(blocks)} blocks")
+        return statuses
+
+    def _write_stream(self, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
         parts, size = [], 0
         for block, tokens in blocks:
             parts += (door.message(Kind.PUT, door.NUMBER.pack(tokens), block.header.to_bytes()), *block.payload)
             size += block.header.payload_bytes
             if size >= SENT_BYTES:
-                self._send(parts)
+                self.send(parts)
                 parts, size = [], 0
-        self._send([*parts, door.message(Kind.END)])
-        statuses = bytes(self._receive(Kind.STATUSES))
-        if len(statuses) != len(blocks):
-            raise TransportError(f"a node answered {len(statuses)} of {len(blocks)} blocks")
-        return statuses
+        self.send([*parts, door.message(Kind.END)])
+        return bytes(self.receive(Kind.STATUSES))
 
     # ---- shared memory
 
     def _read_shared(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         batches = list(_batches(sizes))  # the node is asked for the next one while this one is copied
-        self._send([self._ask(keys, tokens, batch) for batch in batches[:2]])
+        self.send([self._ask(keys, tokens, batch) for batch in batches[:2]])
         copied: list[tuple[int, EncodedBlock]] = []
         taken, damage = 0, ""
         for number, (first, stop) in enumerate(batches):
-            answer = self._receive(Kind.PLANNED)
+            answer = self.receive(Kind.PLANNED)
             before, (copied, damage) = copied, self._copy_all(first, stop, answer, accept, memory)
             done = door.message(Kind.DONE, bytes(answer[: door.NUMBER.size]))
-            self._send([done, *(self._ask(keys, tokens, batch) for batch in batches[number + 2 : number + 3])])
+            self.send([done, *(self._ask(keys, tokens, batch) for batch in batches[number + 2 : number + 3])])
             if number:
                 taken += self._confirm(before, take)
             whole = taken + len(copied) == stop
@@ -139,8 +140,8 @@ class Door:
         `behind` says that the answer comes after that to a later plan, which is not wanted any more.
         """
         if behind:
-            self._receive(Kind.PLANNED)
-        sound = _leading(bytes(self._receive(Kind.INTACT)), len(copied))
+            self.receive(Kind.PLANNED)
+        sound = _leading(bytes(self.receive(Kind.INTACT)), len(copied))
         take(copied[:sound])
         return sound
 
@@ -184,18 +185,18 @@ class Door:
     # ---- over the connection
 
     def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
-        self._send([door.message(Kind.GET, tokens, *keys)])
+        self.send([door.message(Kind.GET, tokens, *keys)])
         for number in range(len(keys)):
-            answer = self._receive(Kind.BLOCK)
+            answer = self.receive(Kind.BLOCK)
             if not answer or answer[0] != OK:
                 return self._leave(number)
             header = BlockHeader.from_bytes(answer[1:])
             if not accept(number, header):
                 return self._leave(number)
             payload = memory.take(header.payload_bytes)
-            self._fill(payload)
+            self.fill(payload)
             mark = memoryview(bytearray(1))
-            self._fill(mark)
+            self.fill(mark)
             if mark != door.INTACT:
                 return self._leave(number)
             take([(number, EncodedBlock.verify(header, payload))])
@@ -205,60 +206,6 @@ class Door:
         """Close the connection: what is still to come on it is not wanted."""
         self.close()
         return number
-
-    # ---- bytes
-
-    def _send(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Send all of `parts`; nothing is joined."""
-        views = [memoryview(part).cast("B") for part in parts if len(part)]
-        while views:
-            self._patience(socket.SO_SNDTIMEO)
-            sent = self._peer.sendmsg(views[:MAX_IOV])
-            while views and sent >= len(views[0]):
-                sent -= len(views.pop(0))
-            if sent:
-                views[0] = views[0][sent:]
-
-    def _receive(self, wanted: Kind) -> memoryview:
-        frame = memoryview(bytearray(door.FRAME.size))
-        self._fill(frame)
-        kind, size = door.parse_frame(frame, door.MAX_ANSWER_BYTES)
-        if kind is not wanted:
-            raise TransportError(f"a node answered {kind.name} where {wanted.name} was due")
-        body = memoryview(bytearray(size))
-        self._fill(body)
-        return body
-
-    def _fill(self, buffer: memoryview) -> None:
-        """Receive exactly `buffer`; what is small comes with what is behind it."""
-        at = 0
-        while at < len(buffer):
-            if self._start < self._stop:
-                size = min(len(buffer) - at, self._stop - self._start)
-                buffer[at : at + size] = self._inbox[self._start : self._start + size]
-                self._start, at = self._start + size, at + size
-            elif len(buffer) - at >= RECEIVED_BYTES:
-                at += self._receive_into(buffer[at:], socket.MSG_WAITALL)
-            else:
-                self._start, self._stop = 0, self._receive_into(self._inbox, 0)
-
-    def _receive_into(self, buffer: memoryview, flags: int) -> int:
-        self._patience(socket.SO_RCVTIMEO)
-        got = self._peer.recv_into(buffer, 0, flags)
-        if not got:
-            raise ConnectionError("the connection has ended")
-        return got
-
-    def _patience(self, option: int) -> None:
-        """Let the kernel end the next call at the deadline: a timeout of Python's own costs a system call more each time."""
-        left_s = self._left_s()
-        self._peer.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(int(left_s), int(left_s % 1 * 1e6) + 1))
-
-    def _left_s(self) -> float:
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("the deadline of the call has passed")
-        return left_s
 
 
 def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Door:
@@ -282,9 +229,9 @@ def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Doo
         else:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(door.message(Kind.HELLO, token.encode()))
-        arena = _welcome(peer)
+        size_bytes, descriptor = receive_memory(peer, Kind.WELCOME)
         peer.settimeout(None)
-        return Door(peer, arena)
+        return Door(peer, None if descriptor is None else map_memory(descriptor, size_bytes, writable=False))
     except BaseException:
         peer.close()
         raise
@@ -295,34 +242,6 @@ def _check_user(peer: socket.socket) -> None:
     _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     if uid != os.getuid():
         raise TransportError(f"the node's door is kept by user {uid}")
-
-
-def _welcome(peer: socket.socket) -> np.ndarray | None:
-    """The answer to HELLO; the arena, uint8 [bytes], if the node shares it.
-
-    The pages of a small arena are mapped at once rather than each at its first touch, which halves the speed of the first copies.
-    """
-    size = door.FRAME.size + door.ARENA.size
-    answer, descriptors, _, _ = socket.recv_fds(peer, size, 1) if peer.family == socket.AF_UNIX else (b"", [], 0, None)
-    try:
-        while len(answer) < size:
-            more = peer.recv(size - len(answer))
-            if not more:
-                raise TransportError("the node's door stays shut")
-            answer += more
-        kind, _ = door.parse_frame(answer[: door.FRAME.size], door.ARENA.size)
-        (arena_bytes,) = door.ARENA.unpack(answer[door.FRAME.size :])
-        if kind is not Kind.WELCOME or bool(arena_bytes) != bool(descriptors):
-            raise TransportError("the node's door did not welcome")
-        if not arena_bytes:
-            return None
-        if os.fstat(descriptors[0]).st_size != arena_bytes:
-            raise TransportError("the node's memory is not as large as it says")
-        at_once = mmap.MAP_POPULATE if arena_bytes <= MAPPED_AT_ONCE_BYTES else 0
-        return np.frombuffer(mmap.mmap(descriptors[0], arena_bytes, flags=mmap.MAP_SHARED | at_once, prot=mmap.PROT_READ), np.uint8)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 def _parse_plan(answer: memoryview, count: int) -> Iterator[tuple[memoryview, list[tuple[int, int]]]]:

@@ -19,6 +19,8 @@ from kvstore.errors import CorruptBlockError, InvalidInputError
 from .config import FRAME_BYTES
 
 Buffer = bytes | bytearray | memoryview
+#: Bytes copied and then checked while the processor's cache still holds them.
+PIECE_BYTES = 256 << 10
 Layers = Sequence[tuple[Extent, ...]]
 
 
@@ -56,10 +58,11 @@ class BlockWriter:
             raise InvalidInputError("the payload is longer than its header says; send exactly the bytes of the present layers")
         self.left -= len(data)
         while len(data):
-            row = self._header.rows[self._layer]
-            piece = data[: row.size_bytes - self._offset]
-            self._arena.write(self._layers[self._layer], self._offset, piece)
-            self._crc = crc32c(piece, self._crc)
+            row, extents = self._header.rows[self._layer], self._layers[self._layer]
+            piece = data[: min(row.size_bytes - self._offset, PIECE_BYTES)]
+            self._arena.write(extents, self._offset, piece)
+            for part in self._arena.written(extents, self._offset, piece):  # not of `piece`, which may be memory that others can write
+                self._crc = crc32c(part, self._crc)
             self._offset += len(piece)
             data = data[len(piece) :]
             if self._offset == row.size_bytes:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 from kvstore import door
 from kvstore.arena import CpuArena
-from kvstore.block import BlockHeader
 from kvstore.credentials import Caller
 from kvstore.door import Kind
-from kvstore.errors import ConcertinaError, ConfigError, CorruptBlockError, TransportError
+from kvstore.errors import ConcertinaError, ConfigError, TransportError
 
 from .config import FRAME_BYTES, NodeConfig
 from .handlers.base import Service
 from .handlers.put import Incoming
 from .plans import Found
+from .staging import STAGE_BYTES, Stage, Stages
 from .status import Status
 from .wire import PutFrame
 
@@ -48,6 +48,7 @@ class DoorServer:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stages = Stages()
         self._shared = os.open(f"/proc/self/fd/{service.arena.fd}", os.O_RDONLY) if isinstance(service.arena, CpuArena) else -1
 
     async def start(self, config: NodeConfig) -> str:
@@ -127,7 +128,7 @@ class DoorServer:
                     token = bytes(body).decode("latin-1")
                     caller = self._service.credentials.caller([("authorization", f"Bearer {token}")] if token else [])
                     await self._welcome(peer, caller)
-                guest = Guest(self._service, peer, inbox, caller)
+                guest = Guest(self._service, peer, inbox, caller, self._stages)
                 while True:
                     async with asyncio.timeout_at(guest.write_ends):
                         request = await inbox.message()
@@ -151,8 +152,10 @@ class DoorServer:
 class Guest:
     """One connection that has been let in. `write_ends` is when what it writes must have ended; None while it writes nothing."""
 
-    def __init__(self, service: Service, peer: socket.socket, inbox: Inbox, caller: Caller) -> None:
+    def __init__(self, service: Service, peer: socket.socket, inbox: Inbox, caller: Caller, stages: Stages) -> None:
         self._service = service
+        self._stages = stages
+        self._stage: Stage | None = None
         self._peer = peer
         self._inbox = inbox
         self._caller = caller
@@ -175,8 +178,13 @@ class Guest:
             await self._put(body)
         elif kind is Kind.END:
             await self._end()
+        elif kind is Kind.STAGE and self._peer.family == socket.AF_UNIX and self._stage is None:
+            self._open_stage()
+        elif kind is Kind.OFFER and self._stage is not None and self._service.admitting:
+            outcome = await self._stage.take(body, Incoming(self._service, self._caller.tenant))
+            await self._send(door.message(Kind.STATUSES, bytes(outcome)))
         else:
-            raise TransportError(f"{kind.name} is no request")
+            raise TransportError(f"{kind.name} is no request now")
 
     def leave(self) -> None:
         """Give up what the connection holds: leases, and a block that is not complete."""
@@ -185,6 +193,16 @@ class Guest:
         self._plans.clear()
         if self._incoming is not None:
             self._incoming.abandon()
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+
+    def _open_stage(self) -> None:
+        self._stage = self._stages.open() if self._service.arena.device == "cpu" else None
+        if self._stage is None:
+            socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(0))], [])
+        else:
+            socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(STAGE_BYTES))], [self._stage.fd])
 
     def _look(self, body: memoryview) -> tuple[list[Found | None], int]:
         (tokens,) = door.NUMBER.unpack_from(body)
@@ -264,16 +282,15 @@ class Guest:
             raise TransportError("this node takes no more blocks")
         (tokens,) = door.NUMBER.unpack_from(body)
         header_bytes = memoryview(bytes(body[door.NUMBER.size :]))
-        try:
-            left = BlockHeader.from_bytes(header_bytes).payload_bytes
-        except CorruptBlockError as error:  # how much follows is not known
-            raise TransportError(str(error)) from error
         if self._incoming is None:
             self._incoming = Incoming(self._service, self._caller.tenant)
             self.write_ends = asyncio.get_running_loop().time() + self._service.engine.config.put_timeout_s
             self._inbox.grow()
         incoming, index = self._incoming, len(self._incoming.statuses) + self._incoming.open
         await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
+        if incoming.header is None:
+            raise TransportError("a block's header is damaged, and how much follows it is not known")
+        left = incoming.header.payload_bytes
         async with asyncio.timeout_at(self.write_ends):
             while left:
                 piece = await self._inbox.some(left)

@@ -74,5 +74,5 @@ class StillGuest(Fault):
         for guest, block, share in ((self._guest, one, 1.0), (self._other, other, 0.5)):
             request = door.message(door.Kind.PUT, door.NUMBER.pack(0), block.header.to_bytes())
             payload = b"".join(block.payload)
-            guest._deadline = time.monotonic() + 2.0
-            await asyncio.to_thread(guest._send, [request, payload[: int(len(payload) * share)]])
+            guest.deadline = time.monotonic() + 2.0
+            await asyncio.to_thread(guest.send, [request, payload[: int(len(payload) * share)]])

@@ -53,7 +53,8 @@ class Incoming:
 
     Those that are whole wait for each other while nothing has to leave for them: to commit several at once costs a node half as much.
 
-    `statuses` has the outcome of each finished block, by index; what waits counts as stored. `open` says whether one more has begun.
+    `statuses` has the outcome of each finished block, by index; what waits counts as stored. `open` says whether one more has begun, and
+    `header` is that of the last that has, None where it was damaged.
     """
 
     def __init__(self, service: Service, owner: str = "") -> None:
@@ -63,6 +64,7 @@ class Incoming:
         self._request: Request | None = None
         self._last_key = b""
         self.open = False
+        self.header: BlockHeader | None = None
         self._reservation: Reservation | None = None
         self._writer: BlockWriter | None = None
         self._refusal = Status.DATA_LOSS
@@ -134,12 +136,8 @@ class Incoming:
             raise TransportError(DRAINING)
         self.open = True
         engine = self._service.engine
-        try:
-            header = BlockHeader.from_bytes(header_bytes)
-        except CorruptBlockError:
-            self._refuse()
-            return
-        if header.header_bytes != len(header_bytes):
+        self.header = header = _header_of(header_bytes)
+        if header is None:
             self._refuse()
             return
         if len(self._waiting) == MAX_WAITING or header.key in self._waiting or not engine.can_wait(header):
@@ -159,3 +157,12 @@ class Incoming:
         self._abort()
         self._refusal = Status.DATA_LOSS
         self._service.metrics.corrupt_blocks.labels(where="put").inc()
+
+
+def _header_of(data: memoryview) -> BlockHeader | None:
+    """The header that `data` is, None where it is none."""
+    try:
+        header = BlockHeader.from_bytes(data)
+    except CorruptBlockError:
+        return None
+    return header if header.header_bytes == len(data) else None
