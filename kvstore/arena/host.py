@@ -7,9 +7,11 @@ import os
 import resource
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES = 256 << 20
 HEAP_PIECE_BYTES = 32 << 20
+#: Heaps that threads share. With one a thread, frames leave holes in each, and the process grows with every thread that ever had one.
+HEAPS = 2
 MAX_OPEN_FILES = 1 << 16
 
 
@@ -37,7 +39,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, HEAP_PIECE_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
+    settings = ((_M_MMAP_THRESHOLD, HEAP_PIECE_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_ARENA_MAX, HEAPS))
+    return all([mallopt(setting, value) for setting, value in settings])
 
 
 def give_freed_memory_back() -> bool:

@@ -64,7 +64,7 @@ class StoreNode:
     server : callable, optional
         Makes what serves the node's handlers; a simulation passes one that needs no sockets.
     on_idle : callable, optional
-        Called in a thread after each burst of work, when blocks have neither come nor gone for a second.
+        Called in a thread after each burst of work, when no block has been asked for, come or gone for a second.
 
     `start` acts and `stop` undoes; a node is started once. `failed` is set when its account does not add up: it is not to be trusted
     then, and takes no more blocks.
@@ -215,7 +215,7 @@ class StoreNode:
         while True:
             await asyncio.sleep(SWEEP_S)
             self.engine.expire()
-            state = self.engine.changes
+            state = (self.engine.changes, self.engine.requests.count)
             quiet = quiet + 1 if state == before else 0
             before = state
             if quiet == IDLE_SWEEPS and not self.failed.is_set():
