@@ -77,18 +77,19 @@ def caches(layout: KVLayout, lengths: list[int]) -> list[LiveKV]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
-def test_attention_of_tokens_is_that_of_torch_and_each_is_alone(dtype, window):
-    batch = [(kv, kv.length) for kv in caches(KVLayout(2, 3, 16, dtype), [130, 0, 1, 39, 40])]
-    query = torch.randn(1, len(batch), 6, 16, dtype=dtype).transpose(1, 2)
-    key, value = (torch.randn(1, 3, len(batch), 16, dtype=dtype) for _ in range(2))
+@pytest.mark.parametrize(("dim", "groups"), [(16, 2), (64, 3), (32, 4)])
+def test_attention_of_tokens_is_that_of_torch_and_each_is_alone(dtype, window, dim, groups):
+    batch = [(kv, kv.length) for kv in caches(KVLayout(2, 3, dim, dtype), [130, 0, 1, 39, 40])]
+    query = torch.randn(1, len(batch), 3 * groups, dim, dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(1, 3, len(batch), dim, dtype=dtype) for _ in range(2))
     out = Batch(batch).attend(1, query, key, value, 0.3, window)
     for row, (kv, at) in enumerate(batch):
         k, v = kv.layer(1, at + 1)
         assert torch.equal(k[:, at], key[0, :, row]) and torch.equal(v[:, at], value[0, :, row])
         first = max(0, at + 1 - window) if window else 0
-        packed = query[:, :, row].reshape(1, 3, 2, 16).float()
+        packed = query[:, :, row].reshape(1, 3, groups, dim).float()
         want = functional.scaled_dot_product_attention(packed, k[None, :, first:].float(), v[None, :, first:].float(), scale=0.3)
-        torch.testing.assert_close(out[row].float(), want.reshape(6, 16), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        torch.testing.assert_close(out[row].float(), want.reshape(3 * groups, dim), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         alone = Batch(batch[row : row + 1]).attend(1, *(x[:, :, row : row + 1] for x in (query, key, value)), 0.3, window)
         assert torch.equal(alone[0], out[row])
 

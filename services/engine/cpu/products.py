@@ -23,9 +23,9 @@ def _four_rows(x, inputs, out, outputs, weights, size_bytes, ahead, ahead_step):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _FOUR_F32(x, inputs, target, outputs, part, inputs, ahead, ahead_step)
+            _FOUR_F32(x, inputs, target, outputs, part, PANEL, inputs, ahead, ahead_step)
         else:
-            _FOUR_BF16(x, inputs, target, outputs, part, inputs, ahead, ahead_step)
+            _FOUR_BF16(x, inputs, target, outputs, part, PANEL, inputs, ahead, ahead_step)
         ahead += inputs * ahead_step
 
 
@@ -34,17 +34,17 @@ def _two_rows(x, inputs, out, outputs, weights, size_bytes):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _TWO_F32(x, inputs, target, outputs, part, inputs, part, 0)
+            _TWO_F32(x, inputs, target, outputs, part, PANEL, inputs, part, 0)
         else:
-            _TWO_BF16(x, inputs, target, outputs, part, inputs, part, 0)
+            _TWO_BF16(x, inputs, target, outputs, part, PANEL, inputs, part, 0)
 
 
 @njit(**JIT)
 def _one_row(x, inputs, out, outputs, weights, size_bytes):
     if size_bytes == _FLOAT:
-        _ONE_F32(x, inputs, out, outputs, weights, inputs, weights, 0)
+        _ONE_F32(x, inputs, out, outputs, weights, PANEL, inputs, weights, 0)
     else:
-        _ONE_BF16(x, inputs, out, outputs, weights, inputs, weights, 0)
+        _ONE_BF16(x, inputs, out, outputs, weights, PANEL, inputs, weights, 0)
 
 
 @njit(parallel=True, **JIT)

@@ -22,58 +22,62 @@ from numba.extending import intrinsic
 LANES = 8
 #: Outputs of a panel of weights: for each input, this many weights lie side by side.
 PANEL = 48
-_FLOAT, _HALF = ir.FloatType(), ir.IntType(16)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+FLOAT, _HALF = ir.FloatType(), ir.IntType(16)
+VECTOR = ir.VectorType(FLOAT, LANES)
 _WORDS = ir.VectorType(ir.IntType(32), LANES)
 
 
-def tile(rows: int, vectors: int, weight: Any, *, asks_ahead: bool = False) -> Callable[..., None]:
+def tile(rows: int, vectors: int, weight: Any, *, asks_ahead: bool = False, grows: bool = False) -> Callable[..., None]:
     """An intrinsic for the products of `rows` rows with `vectors` vectors of outputs.
 
-    Its arguments: address of x and of out (float32) and the distance of their rows in elements, address of the first of the panel's
-    weights for these outputs (`weight`: types.float32, or types.uint16 for bfloat16), the number of inputs, at least 1, and, with
-    `asks_ahead`, what to bring near: an address, whether there is memory of ours or not, and how many bytes from it on for each input.
+    Its arguments: address of x and of out (float32) and the distance of their rows in elements, address of the first input's weights for
+    these outputs (`weight`: types.float32, or types.uint16 for bfloat16) and the distance of the next input's in elements, the number of
+    inputs, at least 1, and, with `asks_ahead`, what to bring near: an address, whether there is memory of ours or not, and how many
+    bytes from it on for each input. With `grows` the products are added to what `out` holds.
     """
 
     @intrinsic
     def multiply(
-        typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, inputs: Any, ahead: Any, ahead_step: Any
+        typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, stride: Any, inputs: Any,
+        ahead: Any, ahead_step: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _generate(builder, args, rows, vectors, weight is types.uint16, asks_ahead)
+            _generate(builder, args, rows, vectors, weight is types.uint16, asks_ahead, grows)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 9), generate
 
     return multiply
 
 
-def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_ahead: bool) -> None:
-    x, x_stride, out, out_stride, weights, inputs, ahead, ahead_step = args
+def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_ahead: bool, grows: bool) -> None:
+    x, x_stride, out, out_stride, weights, stride, inputs, ahead, ahead_step = args
     word = inputs.type
     cells = list(product(range(rows), range(vectors)))
-    x_rows = [_element(b, x, _FLOAT, b.mul(x_stride, word(r))) for r in range(rows)]
+    x_rows = [element(b, x, FLOAT, b.mul(x_stride, word(r))) for r in range(rows)]
     offsets = [b.add(b.mul(out_stride, word(r)), word(v * LANES)) for r, v in cells]
-    targets = [b.bitcast(_element(b, out, _FLOAT, offset), _VECTOR.as_pointer()) for offset in offsets]
+    targets = [b.bitcast(element(b, out, FLOAT, offset), VECTOR.as_pointer()) for offset in offsets]
+    zero = ir.Constant(VECTOR, [0.0] * LANES)
+    firsts = [b.load(target, align=4) if grows else zero for target in targets]
 
     before, loop, after = b.block, b.append_basic_block("input"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
     at = b.phi(word)
-    sums = [b.phi(_VECTOR) for _ in cells]
+    sums = [b.phi(VECTOR) for _ in cells]
     if asks_ahead:
         _prefetch(b, b.add(ahead, b.mul(at, ahead_step)))
-    columns = [_weights(b, weights, b.add(b.mul(at, word(PANEL)), word(v * LANES)), bfloat16) for v in range(vectors)]
+    columns = [weights_at(b, weights, b.add(b.mul(at, stride), word(v * LANES)), bfloat16) for v in range(vectors)]
     inputs_of_rows = [_splat(b, b.load(b.gep(row, [at]))) for row in x_rows]
-    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     grown = [b.call(fma, [inputs_of_rows[r], columns[v], total]) for (r, v), total in zip(cells, sums, strict=True)]
     following = b.add(at, word(1))
     b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
 
     at.add_incoming(word(0), before)
     at.add_incoming(following, loop)
-    for total, new in zip(sums, grown, strict=True):
-        total.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+    for total, first, new in zip(sums, firsts, grown, strict=True):
+        total.add_incoming(first, before)
         total.add_incoming(new, loop)
     b.position_at_end(after)
     for target, total in zip(targets, grown, strict=True):
@@ -87,20 +91,20 @@ def _prefetch(b: Any, address: Any) -> None:
     b.call(hint, [b.inttoptr(address, byte), flag(0), flag(2), flag(1)])
 
 
-def _element(b: Any, address: Any, element: Any, offset: Any) -> Any:
+def element(b: Any, address: Any, element: Any, offset: Any) -> Any:
     """Pointer to the element `offset` elements behind `address`."""
     return b.gep(b.inttoptr(address, element.as_pointer()), [offset])
 
 
-def _weights(b: Any, address: Any, offset: Any, bfloat16: bool) -> Any:
+def weights_at(b: Any, address: Any, offset: Any, bfloat16: bool) -> Any:
     """`LANES` weights as float32."""
     if not bfloat16:
-        return b.load(b.bitcast(_element(b, address, _FLOAT, offset), _VECTOR.as_pointer()), align=4)
-    halves = b.load(b.bitcast(_element(b, address, _HALF, offset), ir.VectorType(_HALF, LANES).as_pointer()), align=2)
-    return b.bitcast(b.shl(b.zext(halves, _WORDS), ir.Constant(_WORDS, [16] * LANES)), _VECTOR)
+        return b.load(b.bitcast(element(b, address, FLOAT, offset), VECTOR.as_pointer()), align=4)
+    halves = b.load(b.bitcast(element(b, address, _HALF, offset), ir.VectorType(_HALF, LANES).as_pointer()), align=2)
+    return b.bitcast(b.shl(b.zext(halves, _WORDS), ir.Constant(_WORDS, [16] * LANES)), VECTOR)
 
 
 def _splat(b: Any, value: Any) -> Any:
-    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    nothing = ir.Constant(VECTOR, ir.Undefined)
     first = b.insert_element(nothing, value, ir.IntType(32)(0))
     return b.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * LANES))

@@ -2,7 +2,8 @@
 
 Each KV head of each request is computed by one thread, alone: its numbers depend on nothing beside it.
 
-Shape suffixes: N token of the batch (one a request), Q query head, H KV head, G query heads a KV head, S token of a cache, D head dim.
+Shape suffixes: N token of the batch (one a request), Q query head, H KV head, G query heads a KV head, P page, T token of a page, D head
+dim.
 """
 
 from __future__ import annotations
@@ -11,121 +12,38 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, njit, prange, types
-from numba.extending import overload
+from numba import carray, njit, prange
 
 from services.engine.live import LiveKV, LivePool
 
-from .elements import JIT, float32_at, float_of_bits, uint16_at
-
-#: Sums over a head's channels and over tokens may be split over vector lanes; how is decided when this is compiled.
-_REORDER = {"reassoc", "contract", "nsz", "arcp"}
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-#: Of exp's polynomial on [-ln 2 / 2, ln 2 / 2], highest power first (Cephes, expf).
-_EXP = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
-#: Below it exp is taken as that of it.
-_LOWEST = np.float32(-87.0)
-
-
-@njit(**JIT)
-def _exp(x):
-    """exp(x) for x <= 0, to 2 units in the last place; free of branches, so that a loop over it becomes vector code."""
-    x = max(x, _LOWEST)
-    whole = np.floor(x * _LOG2_E + np.float32(0.5))
-    x -= whole * _LN2_HIGH
-    x -= whole * _LN2_LOW
-    y = _EXP[0]
-    y = y * x + _EXP[1]
-    y = y * x + _EXP[2]
-    y = y * x + _EXP[3]
-    y = y * x + _EXP[4]
-    y = y * x + _EXP[5]
-    y = y * x * x + x + np.float32(1)
-    return y * float_of_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
-
-
-def _value(element):
-    """The float32 that an element of a cache stands for: itself, or a bfloat16's bits."""
-
-
-@overload(_value)
-def _value_of(element):
-    if element is types.uint16:
-        return lambda element: float_of_bits(np.uint32(element) << np.uint32(16))
-    return lambda element: element
-
-
-@njit(fastmath=_REORDER, **JIT)
-def _logits(q_GD, k_TD, start, stop, scale, out_GS, at):
-    """out[:, at…] of the tokens from `start` to `stop` of a page."""
-    for t in range(start, stop):
-        for g in range(len(q_GD)):
-            logit = np.float32(0)
-            for d in range(k_TD.shape[1]):
-                logit += q_GD[g, d] * _value(k_TD[t, d])
-            out_GS[g, at + t - start] = logit * scale
-
-
-@njit(fastmath=_REORDER, **JIT)
-def _softmax(weights_S):
-    """In place, but for the division by the sum, which is returned."""
-    peak, total = np.float32(-np.inf), np.float32(0)
-    for s in range(len(weights_S)):
-        peak = max(peak, weights_S[s])
-    for s in range(len(weights_S)):
-        weights_S[s] = _exp(weights_S[s] - peak)
-        total += weights_S[s]
-    return total
-
-
-@njit(fastmath=_REORDER, **JIT)
-def _mix(weights_GS, at, v_TD, start, stop, out_GD):
-    """Add the values of the tokens from `start` to `stop` of a page."""
-    for t in range(start, stop):
-        for g in range(len(out_GD)):
-            weight = weights_GS[g, at + t - start]
-            for d in range(v_TD.shape[1]):
-                out_GD[g, d] += weight * _value(v_TD[t, d])
-
-
-@njit(**JIT)
-def _span(page, size, first, stop):
-    """Of the tokens from `first` to `stop` of a cache: those in page number `page`, by their places in it, and how many come before."""
-    start = max(first - page * size, 0)
-    return start, min(stop - page * size, size), page * size + start - first
+from .elements import JIT, float32_at, uint16_at
+from .heads import attend_head
 
 
 @njit(parallel=True, **JIT)
-def _attend(q_NHGD, out_NHGD, k_base, v_base, tables, stops, size, page_stride, size_bytes, scale, window):
-    """All heads of all tokens; the bases are addresses of K and V [H, P, T, D] of one layer, `page_stride` is a head's in bytes."""
-    count, heads, groups, dim = q_NHGD.shape
+def _attend(shape, q, k, v, out, k_base, v_base, page_stride, pages, size, size_bytes, tables, stops, scale, window):
+    """All heads of all tokens.
+
+    Addresses: of the tokens' q, k, v and out, each [N, heads, dim], and of K and V [H, P, T, D] of one layer, where `page_stride` is a
+    head's in bytes. `shape` counts tokens, KV heads, query heads a KV head and channels.
+    """
+    count, heads, _, dim = shape
+    q_NHGD, out_NHGD = carray(float32_at(q), shape), carray(float32_at(out), shape)
     for item in prange(count * heads):
         n, head = item // heads, item % heads
-        stop = stops[n]
-        first = max(0, stop - window) if window else 0
-        q, out = q_NHGD[n, head], out_NHGD[n, head]
-        weights = np.empty((groups, stop - first), np.float32)
-        for page in range(first // size, (stop - 1) // size + 1):
-            start, end, at = _span(page, size, first, stop)
-            address = k_base + head * page_stride + tables[n, page] * size * dim * size_bytes
-            if size_bytes == 4:
-                _logits(q, carray(float32_at(address), (size, dim)), start, end, scale, weights, at)
-            else:
-                _logits(q, carray(uint16_at(address), (size, dim)), start, end, scale, weights, at)
-        out[:] = 0
-        totals = np.empty(groups, np.float32)
-        for g in range(groups):
-            totals[g] = _softmax(weights[g])
-        for page in range(first // size, (stop - 1) // size + 1):
-            start, end, at = _span(page, size, first, stop)
-            address = v_base + head * page_stride + tables[n, page] * size * dim * size_bytes
-            if size_bytes == 4:
-                _mix(weights, at, carray(float32_at(address), (size, dim)), start, end, out)
-            else:
-                _mix(weights, at, carray(uint16_at(address), (size, dim)), start, end, out)
-        for g in range(groups):
-            for d in range(dim):
-                out[g, d] /= totals[g]
+        new, cache = item * dim * size_bytes, head * page_stride
+        if size_bytes == 4:
+            attend_head(
+                q_NHGD[n, head], out_NHGD[n, head], carray(float32_at(k + new), (dim,)), carray(float32_at(v + new), (dim,)),
+                carray(float32_at(k_base + cache), (pages, size, dim)), carray(float32_at(v_base + cache), (pages, size, dim)),
+                tables[n], stops[n], scale, window,
+            )  # fmt: skip
+        else:
+            attend_head(
+                q_NHGD[n, head], out_NHGD[n, head], carray(uint16_at(k + new), (dim,)), carray(uint16_at(v + new), (dim,)),
+                carray(uint16_at(k_base + cache), (pages, size, dim)), carray(uint16_at(v_base + cache), (pages, size, dim)),
+                tables[n], stops[n], scale, window,
+            )  # fmt: skip
 
 
 def can_attend(pool: LivePool) -> bool:
@@ -143,13 +61,11 @@ class Batch:
     """
 
     def __init__(self, caches: Sequence[tuple[LiveKV, int]]) -> None:
-        self._pool = pool = caches[0][0].pool
+        self._pool = caches[0][0].pool
         self._tables = np.zeros((len(caches), max(len(kv.page_ids) for kv, _ in caches)), np.int64)
         for row, (kv, _) in enumerate(caches):
             self._tables[row, : len(kv.page_ids)] = kv.page_ids
         self._stops = np.array([at + 1 for _, at in caches], np.int64)
-        last = [(kv.page_ids[at // pool.block_tokens], at % pool.block_tokens) for kv, at in caches]
-        self._pages, self._places = (torch.tensor(x) for x in zip(*last, strict=True))
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -171,12 +87,13 @@ class Batch:
         """
         count, pool = len(self), self._pool
         k, v = pool.k_LHPTD[layer], pool.v_LHPTD[layer]
-        k[:, self._pages, self._places], v[:, self._pages, self._places] = key[0, :, :count], value[0, :, :count]
         q_NQD = query[0].transpose(0, 1).to(torch.float32).contiguous()
+        k_NHD, v_NHD = (x[0].transpose(0, 1).to(k.dtype).contiguous() for x in (key, value))
         out = torch.empty_like(q_NQD) if query.shape[2] == count else torch.zeros_like(q_NQD)
-        shape = (query.shape[2], key.shape[1], -1, key.shape[3])
+        heads, dim = key.shape[1], key.shape[3]
         _attend(
-            q_NQD.view(shape)[:count].numpy(), out.view(shape)[:count].numpy(), k.data_ptr(), v.data_ptr(), self._tables, self._stops,
-            pool.block_tokens, k.stride(0) * k.itemsize, k.itemsize, np.float32(scale), window or 0,
+            (count, heads, query.shape[1] // heads, dim), q_NQD.data_ptr(), k_NHD.data_ptr(), v_NHD.data_ptr(), out.data_ptr(),
+            k.data_ptr(), v.data_ptr(), k.stride(0) * k.itemsize, k.shape[1], pool.block_tokens, k.itemsize, self._tables, self._stops,
+            np.float32(scale), window or 0,
         )  # fmt: skip
         return out.to(query.dtype)
