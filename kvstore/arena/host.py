@@ -40,7 +40,7 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = ((_M_MMAP_THRESHOLD, HEAP_PIECE_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_ARENA_MAX, HEAPS))
-    return all([mallopt(setting, value) for setting, value in settings])
+    return all(mallopt(setting, value) for setting, value in settings)
 
 
 def give_freed_memory_back() -> bool:
