@@ -34,7 +34,7 @@ class Ghosts:
     def remember(self, id: BlockId, state: int, time: float, residents: int) -> tuple[int, float] | None:
         """Keep `state` (32 bits, not all ones) and `time` of a block that left. Answers state and time of the ghost forgotten for it."""
         if residents * self.per_block > len(self._hash):
-            self._enlarge(int(1.125 * residents * self.per_block))
+            self._enlarge(int(1.0625 * residents * self.per_block))
         if self._origin is None:
             self._origin = time
         at = self._at

@@ -23,6 +23,7 @@ from ..errors import InvalidInputError
 EDGES_S: tuple[float, ...] = (0.0, *(2.0 ** (i / 2) for i in range(27)))
 _WIDTH_S = np.array([b - a for a, b in pairwise(EDGES_S)] + [EDGES_S[-1]])
 _AGE_S = np.array(EDGES_S)
+_BUCKETS = len(EDGES_S)
 
 
 def bucket(age_s: float) -> int:
@@ -49,31 +50,30 @@ class ReuseModel:
         self.memory = memory
         shape = (len(groups), len(EDGES_S))
         self._requests = 0.0
-        self._uses = np.zeros(shape)
-        self._forgotten = np.zeros(shape)
-        self._ends = np.zeros(shape)
-        self._others = np.zeros((2, *shape))
-        self._new_uses = [array("I", bytes(4 * shape[1])) for _ in groups]
-        self._new_forgotten = [array("I", bytes(4 * shape[1])) for _ in groups]
-        self.values = [array("d", [1.0 / (edge + 1.0) for edge in EDGES_S]) for _ in groups]
+        self._uses = np.zeros(shape, dtype=np.float32)
+        self._forgotten = np.zeros(shape, dtype=np.float32)
+        self._ends = np.zeros(shape, dtype=np.float32)
+        self._others = np.zeros((2, 1, 1))  # of the shape of the others' lessons once there are any
+        self._new_uses = array("I", bytes(4 * self._uses.size))  # class by class
+        self._new_forgotten = array("I", bytes(4 * self._uses.size))
+        self.values = [array("f", [1.0 / (edge + 1.0) for edge in EDGES_S]) for _ in groups]
 
     def used(self, cls: int, age_s: float, blocks: int = 1) -> None:
         """`blocks` blocks of class `cls` were used at this age."""
-        self._new_uses[cls][bisect_right(EDGES_S, age_s) - 1] += blocks
+        self._new_uses[cls * _BUCKETS + bisect_right(EDGES_S, age_s) - 1] += blocks
 
     def forgot(self, cls: int, age_s: float) -> None:
         """A block of the class reached this age and will be watched no longer."""
-        self._new_forgotten[cls][bisect_right(EDGES_S, age_s) - 1] += 1
+        self._new_forgotten[cls * _BUCKETS + bisect_right(EDGES_S, age_s) - 1] += 1
 
     def learn(self, waiting: np.ndarray, requests: int) -> None:
         """Set `values` from all counts, after `requests` more, and from the blocks that still wait, ``[class, bucket]``."""
         self._requests = self._requests * self.memory + requests
         for total, new in ((self._uses, self._new_uses), (self._forgotten, self._new_forgotten)):
             total *= self.memory
-            total += new
-            for row in new:
-                row[:] = array("I", bytes(4 * len(row)))
-        self._ends = self._uses + self._forgotten + waiting
+            total += np.array(new).reshape(total.shape)
+            new[:] = array("I", bytes(4 * len(new)))
+        self._ends[:] = self._uses + self._forgotten + waiting
         uses, ends = self._others + np.stack((self._uses, self._ends))
         beyond = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
         exposure_s = beyond * _WIDTH_S + ends * _WIDTH_S / 2
@@ -84,7 +84,7 @@ class ReuseModel:
             base = (uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
             prior_s = prior_uses / base
             hazard[of] = (uses[of] + prior_uses) / (exposure_s[of] + prior_s)
-        self.values = [array("d", row.tobytes()) for row in gittins(hazard)]
+        self.values = [array("f", row.tobytes()) for row in gittins(hazard).astype(np.float32)]
 
     def lessons(self) -> bytes:
         """Own counts at the last `learn`, for the models of other nodes: uses and ends, float32, ``[2, class, bucket]``."""
@@ -98,7 +98,7 @@ class ReuseModel:
         InvalidInputError
             For lessons of another shape, or counts that are negative or not finite; nothing is heeded then.
         """
-        others = np.zeros_like(self._others)
+        others = np.zeros((2, *self._uses.shape))
         for lesson in lessons:
             if len(lesson) != 4 * others.size:
                 raise InvalidInputError(f"lessons of {len(lesson)} bytes do not fit a model of {4 * others.size}")
