@@ -17,8 +17,7 @@ _jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy"
 #: For sums and maxima that no byte depends on: in any order, so that they become vector instructions.
 _jit_sums = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 _LIMIT = 32767
-#: Blocks of at least this many tokens are priced by every second token: a third of a per cent off, half of the time.
-_SAMPLED = 32
+_PRICED = 64
 
 
 @_jit
@@ -110,32 +109,36 @@ def _next_number(c, low, cut, parts, width):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def price(c, kinds, lows, loud, peaks, kappa, shape, p, steps, parts, log_width, width, zero, cost, first, shift, escape, law):  # type: ignore[no-untyped-def]
-    """Bits that pass `p` of one group costs: what `quantize` and the coder would make, estimated from the tables."""
+def price(c, kinds, lows, loud, peaks, kappa, shape, p, steps, parts, log_width, width, zero, cost, first, shift, escape, law, every):  # type: ignore[no-untyped-def]
+    """Bits that pass `p` of one group costs: what `quantize` and the coder would make, estimated from the tables.
+
+    Beyond the first `_PRICED` rows, which hold the most, only every `every`-th one is looked at, each dither's alike.
+    """
     count, tokens = active(kappa, steps[p], law), kinds.shape[1]
     tables = tables_of(kappa, shape, count, p, steps, parts, log_width, zero, law)
-    step, stride = _step(steps, p, law), 2 if tokens >= _SAMPLED else 1
-    cut, quiet, bits = law.dead * step, 0.0, 0.0
+    step = _step(steps, p, law)
+    cut, total = law.dead * step, 0.0
     for r in range(count):
+        weight = 1 if r < _PRICED else every
+        if (r + r // 4) % weight:
+            continue
         f, d, table = _first_pass(kappa[r], steps, law), r % parts.shape[0], tables[r, 0]
-        skip = r % stride
-        row = c[r, skip:]
         if loud[r] == 0 and peaks[r] < cut:
-            quiet += cost[table, (0 - first[table]) >> shift[table]]
+            bits = np.float32(tokens) * cost[table, (0 - first[table]) >> shift[table]]
         elif f == p:
-            bits += _fresh_bits(row, stride, np.float32(1) / step, law.dead, cost[table], first[table], shift[table], escape[table])
+            bits = _fresh_bits(c[r], np.float32(1) / step, law.dead, cost[table], first[table], shift[table], escape[table])
         else:
-            cells = kinds[r, skip:], lows[r, skip:], parts[d, p, f], width[d, p, f]
-            bits += _further_bits(row, stride, *cells, cut, tables[r], cost, first)
-    return bits * stride + quiet * tokens
+            bits = _further_bits(c[r], kinds[r], lows[r], parts[d, p, f], width[d, p, f], cut, tables[r], cost, first)
+        total += bits * weight
+    return total
 
 
 @_jit
-def _fresh_bits(c, stride, inverse_step, dead, cost, first, shift, escape):  # type: ignore[no-untyped-def]
+def _fresh_bits(c, inverse_step, dead, cost, first, shift, escape):  # type: ignore[no-untyped-def]
     """Bits of one coefficient's tokens when they are coded for the first time."""
     bits = np.float32(0)
     escaped = cost[escape]
-    for t in range(0, c.size, stride):
+    for t in range(c.size):
         q = int(min(abs(c[t]) * inverse_step, np.float32(_LIMIT)) + (np.float32(1) - dead))
         symbol = (q - first) >> shift
         bits += min(cost[symbol], escaped) if symbol < escape else escaped
@@ -143,10 +146,10 @@ def _fresh_bits(c, stride, inverse_step, dead, cost, first, shift, escape):  # t
 
 
 @_jit
-def _further_bits(c, stride, kinds, lows, parts, width, cut, tables, cost, first):  # type: ignore[no-untyped-def]
+def _further_bits(c, kinds, lows, parts, width, cut, tables, cost, first):  # type: ignore[no-untyped-def]
     """Bits of one coefficient's tokens in a further pass; `parts` and `width` by the pass in which a value left the dead zone."""
     bits = np.float32(0)
-    for t in range(0, c.size, stride):
+    for t in range(c.size):
         kind = numba.uint64(kinds[t])
         table = numba.int64(tables[kind])
         if table < 0:

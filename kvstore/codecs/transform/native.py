@@ -25,7 +25,7 @@ from .projection import Projection
 from .rows import Cache, Rotations, set_known, subtract_known
 
 #: Coefficients that differ from 0 less often than in this share of tokens are left out of the matrix product, by the product's type.
-_RARE = {torch.float32: 0.2, torch.bfloat16: 0.06}
+_RARE = {torch.float32: 0.3, torch.bfloat16: 0.06}
 
 
 @dataclass(frozen=True, slots=True)
