@@ -153,6 +153,12 @@ def test_max_divergence_sets_the_rate() -> None:
         assert block.truncate(1).expected_divergence >= block.expected_divergence
         sizes.append(len(block.to_bytes()))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    finest = create("transform", layout, profile("mqa"), max_divergence=1e-12)
+    outlier = s.values.clone()
+    outlier[0, 0, 5, 3] = 1e4
+    for values in (s.values, outlier):
+        k, v = finest.decode(finest.encode(s.keys, values, start=64, tokens=s.tokens), tokens=s.tokens)
+        assert max(relative_error(s.keys[None], k[None]) + relative_error(values[None], v[None])) < 1e-3, "no number is cut off"
 
 
 def test_zeros_and_outliers_survive() -> None:

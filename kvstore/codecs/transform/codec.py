@@ -181,11 +181,12 @@ class TransformCodec(Codec):
             trial.layer_at(m)
             return projection.expected_divergence(trial.lost(no_sketch, nothing), encoder.tokens * self.layout.values_per_token)
 
-        low, high = projection.guess(1.5), projection.guess(COARSEST * 8)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if harm(middle) <= self.config.max_divergence else (low, middle)
-        return [low + DIVERGENCE_DROP * i for i in reversed(range(count))]
+        limit, coarsest = self.config.max_divergence, projection.guess(COARSEST * 8)
+        finest = min(max(projection.guess(1.5), encoder.finest), coarsest)
+        # The harm falls with finer steps as a price falls with coarser ones.
+        m = -rate.cheapest_within(lambda n: harm(-n), limit, -projection.guess(self.config.ratio), -coarsest, -finest)
+        m -= m > finest and harm(m) > limit  # the search may be a fraction of a step off
+        return [m + DIVERGENCE_DROP * i for i in reversed(range(count))]
 
     def _header_bytes(self, fidelities: int) -> int:
         row = LayerInfo(0, 0, Distortion(0.0, 0.0))
