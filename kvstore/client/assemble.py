@@ -6,6 +6,9 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
+from crc32c import crc32c
+
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.errors import CorruptBlockError
 
@@ -14,6 +17,8 @@ from .frames import GetFrame, parse_get
 
 #: `BlockStatus.BLOCK_STATUS_OK`
 OK = 1
+#: Bytes copied and then checked while the processor's cache still holds them.
+PIECE_BYTES = 256 << 10
 
 
 class BlockReader:
@@ -24,7 +29,7 @@ class BlockReader:
     messages : async iterator of bytes
         Serialized `GetResponse` messages.
     offload_bytes : int
-        Payloads from this size on are verified in a thread.
+        Payloads of several frames are put together and verified in a thread from this size on, while the next frame comes.
     buffers : Buffers, optional
         Where payloads of several frames are put together; memory of their own by default.
     """
@@ -60,31 +65,34 @@ class BlockReader:
         header = BlockHeader.from_bytes(first.header)
         if not accept(header):
             return None
-        payload = await self._payload(number, header.payload_bytes, first.payload)
-        if payload is None:
-            return None
-        if len(payload) >= self._offload_bytes:
-            return await asyncio.to_thread(EncodedBlock.verify, header, payload)
-        return EncodedBlock.verify(header, payload)
-
-    async def _payload(self, number: int, size: int, piece: memoryview) -> memoryview | None:
-        """All payload bytes of a block. Those of a single frame are used where they lie."""
-        if len(piece) == size:
-            return piece
-        buffer, at = self._buffers.take(size), 0
-        while True:
-            if len(piece) > size - at:
-                raise CorruptBlockError(f"more payload came than the header's {size} bytes")
-            buffer[at : at + len(piece)] = piece
-            at += len(piece)
-            if at == size:
-                return buffer
+        if len(first.payload) == header.payload_bytes:
+            return EncodedBlock.verify(header, first.payload)  # where it lies
+        assembly, piece = Assembly(header, self._buffers.take(header.payload_bytes)), first.payload
+        run = self._at_once if header.payload_bytes < self._offload_bytes else self._in_thread
+        copied = run(assembly, piece)
+        while assembly.left:  # a piece is put in its place while the next one comes
             frame = await self._next(number)
+            await copied
             if frame is None:
                 return None
             if not frame.payload:
                 raise CorruptBlockError("an empty frame came in the middle of a block")
-            piece = frame.payload
+            copied = run(assembly, frame.payload)
+        await copied
+        return assembly.block()
+
+    @staticmethod
+    def _at_once(assembly: Assembly, piece: memoryview) -> asyncio.Future[None]:
+        done = asyncio.get_running_loop().create_future()
+        assembly.expect(piece)
+        assembly.add(piece)
+        done.set_result(None)
+        return done
+
+    @staticmethod
+    def _in_thread(assembly: Assembly, piece: memoryview) -> asyncio.Future[None]:
+        assembly.expect(piece)
+        return asyncio.get_running_loop().run_in_executor(None, assembly.add, piece)
 
     async def _next(self, number: int) -> GetFrame | None:
         """The next frame of the block; None at the end of the stream, and for any status but OK."""
@@ -99,3 +107,52 @@ class BlockReader:
         if frame.index != number:
             raise CorruptBlockError(f"a frame of block {frame.index} came where {number} was due")
         return frame if frame.status == OK else None
+
+
+class Assembly:
+    """A payload in the making: pieces in order, each layer's CRC-32C compared as soon as it is whole.
+
+    Parameters
+    ----------
+    header : BlockHeader
+    buffer : memoryview
+        Of its payload's size.
+    """
+
+    def __init__(self, header: BlockHeader, buffer: memoryview) -> None:
+        self.left = header.payload_bytes
+        self._header = header
+        self._buffer = buffer
+        self._parts: list[memoryview] = []
+        self._start = self._at = self._crc = 0
+
+    def expect(self, piece: memoryview) -> None:
+        """Count a piece that is going to be added. Raises CorruptBlockError if there is no room for it."""
+        if len(piece) > self.left:
+            raise CorruptBlockError(f"more payload came than the header's {self._header.payload_bytes} bytes")
+        self.left -= len(piece)
+
+    def add(self, piece: memoryview) -> None:
+        """Copy the next piece, without the interpreter's lock. Raises CorruptBlockError for a layer that does not certify itself."""
+        self._end_layers()
+        while len(piece):
+            row = self._header.rows[len(self._parts)]
+            stop = min(self._at + min(len(piece), PIECE_BYTES), self._start + row.size_bytes)
+            target = self._buffer[self._at : stop]
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(piece[: len(target)], np.uint8))
+            self._crc = crc32c(target, self._crc)
+            self._at, piece = stop, piece[len(target) :]
+            self._end_layers()
+
+    def block(self) -> EncodedBlock:
+        """The block, once nothing is left."""
+        return EncodedBlock(self._header, tuple(self._parts))
+
+    def _end_layers(self) -> None:
+        """Close the layers that are whole; one may be empty."""
+        rows = self._header.rows
+        while len(self._parts) < self._header.present and self._at - self._start == rows[len(self._parts)].size_bytes:
+            if self._crc != rows[len(self._parts)].crc32c:
+                raise CorruptBlockError(f"the CRC-32C of fidelity layer {len(self._parts) + 1} does not match")
+            self._parts.append(self._buffer[self._start : self._at])
+            self._start, self._crc = self._at, 0

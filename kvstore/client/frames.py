@@ -16,9 +16,9 @@ from kvstore.errors import TransportError
 Buffer = bytes | memoryview
 
 #: Payload bytes of one frame.
-FRAME_BYTES = 4 << 20
+FRAME_BYTES = 2 << 20
 #: Frames are joined until their message has so many bytes.
-PACK_BYTES = 1 << 20
+PACK_BYTES = 2 << 20
 #: Frames that one received message may hold; more than a megabyte of the smallest blocks.
 MAX_PACKED = 1 << 16
 

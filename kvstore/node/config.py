@@ -15,7 +15,7 @@ MAX_LEASE_S = 60.0
 #: Longest pin.
 MAX_PIN_S = 86_400
 #: Payload bytes of one frame of a Get stream; also the most that a copy may take at once on the event loop.
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 2 << 20
 #: Payload bytes that one frame of a Put stream may hold.
 MAX_FRAME_BYTES = 4 << 20
 #: Hosts that only this machine reaches.

@@ -15,7 +15,7 @@ from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
 
-from .config import FRAME_BYTES, NodeConfig
+from .config import NodeConfig
 from .handlers.base import Service
 from .handlers.put import Incoming
 from .plans import Found
@@ -31,6 +31,8 @@ MAX_CONNECTIONS = 256
 HELLO_S, PIECE_S = 2.0, 10.0
 #: What is smaller is sent and received together with what is beside it.
 SMALL_BYTES = 256 << 10
+#: Bytes of a payload that are sent, or received at most, at a time: as the processor's own cache holds.
+LARGE_BYTES = 1 << 20
 #: Plans that one connection may have open.
 MAX_PLANS = 4
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -256,8 +258,8 @@ class Guest:
         """One block, and after its last byte whether all of them were its own."""
         await self._send_later(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
         size = found.header.payload_bytes
-        for offset in range(0, size, FRAME_BYTES):
-            for piece in await self._service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, size - offset)):
+        for offset in range(0, size, LARGE_BYTES):
+            for piece in await self._service.copier.read(found.header, found.layers, offset, min(LARGE_BYTES, size - offset)):
                 if size <= SMALL_BYTES:
                     await self._send_later(bytes(piece))
                 else:
@@ -323,8 +325,8 @@ class Inbox:
 
     def grow(self) -> None:
         """Make room for payloads."""
-        if len(self._buffer) < FRAME_BYTES:
-            larger = memoryview(bytearray(FRAME_BYTES))
+        if len(self._buffer) < LARGE_BYTES:
+            larger = memoryview(bytearray(LARGE_BYTES))
             larger[: self._stop - self._start] = self._buffer[self._start : self._stop]
             self._buffer, self._start, self._stop = larger, 0, self._stop - self._start
 

@@ -92,11 +92,11 @@ async def test_blocks_come_back_byte_for_byte(stub, node: StoreNode, step: int) 
 async def test_frames_are_bounded(stub) -> None:
     await put(stub, [block(0, (2_500_000,))])
     sizes = [len(f.payload) async for f in stub.Get(pb.GetRequest(keys=[block(0).header.key]))]
-    assert sizes == [1 << 20, 1 << 20, 2_500_000 - (2 << 20)]
+    assert sizes == [2 << 20, 2_500_000 - (2 << 20)]
 
 
 async def test_small_blocks_can_share_messages(stub) -> None:
-    blocks = [block(i, (90_000,)) for i in range(20)]
+    blocks = [block(i, (180_000,)) for i in range(20)]
     each = [next(frames([b])) for b in blocks]
     for index, frame in enumerate(each):
         frame.index = index
@@ -104,7 +104,7 @@ async def test_small_blocks_can_share_messages(stub) -> None:
     assert list(answer.statuses) == [OK] * 20
     keys = [b.header.key for b in blocks]
     messages = [m async for m in stub.Get(pb.GetRequest(keys=[*keys, digest(b"x")], pack=True))]
-    assert len(messages) == 2, "1 MiB each"
+    assert len(messages) == 2, "2 MiB each"
     got = [f for m in messages for f in (m, *m.more)]
     assert [(f.index, f.status) for f in got] == [*((i, OK) for i in range(20)), (20, NOT_FOUND)]
     assert [EncodedBlock.from_bytes(f.header + f.payload).to_bytes() for f in got[:-1]] == [b.to_bytes() for b in blocks]
