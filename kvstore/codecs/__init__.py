@@ -104,7 +104,11 @@ def create(name: str, layout: KVLayout, profile: Any = None, **options: Any) -> 
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"codec {name!r} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}")
-    return cls(layout, profile, cls.Config(**options))
+    try:
+        config = cls.Config(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"codec {name!r} cannot take the options {options}: {error}") from error
+    return cls(layout, profile, config)
 
 
 def __getattr__(attribute: str) -> Any:

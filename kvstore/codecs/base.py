@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,8 @@ from kvstore.block import MAX_FIDELITIES, MAX_TOKENS, BlockHeader, Buffer, Disto
 from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError, LayoutMismatchError
 from kvstore.identity import NO_PARENT
 from kvstore.layout import DTYPES, KVLayout, dtype_name
+
+from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -102,8 +105,9 @@ class Codec(ABC):
         """Options; none by default."""
 
     def __init__(self, layout: KVLayout, profile: Any = None, config: Any = None) -> None:
-        if self.uses_profile and profile is None:
-            raise ConfigError(f"codec {self.name!r} needs a profile; make one with `concertina calibrate`, or use 'int8'")
+        if self.uses_profile and not isinstance(profile, Profile):
+            given = "" if profile is None else f", not a {type(profile).__name__} (see Profile.load)"
+            raise ConfigError(f"codec {self.name!r} needs a profile{given}; make one with `concertina calibrate`, or use 'int8'")
         self.layout = layout
         self.profile = profile if self.uses_profile else None
         self.config = self.Config() if config is None else config
@@ -161,6 +165,8 @@ class Codec(ABC):
         LayoutMismatchError
             For tensors of another shape than the layout's.
         """
+        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+            raise InvalidInputError(f"keys and values must be tensors, not {type(keys).__name__} and {type(values).__name__}")
         single = keys.ndim == 4
         keys, values = self._checked("keys", keys), self._checked("values", values)
         if keys.shape != values.shape or keys.device != values.device:
@@ -186,7 +192,11 @@ class Codec(ABC):
 
     @staticmethod
     def _starts(start: int | Sequence[int], count: int) -> list[int]:
-        starts = [int(s) for s in (start if isinstance(start, (Sequence, np.ndarray, torch.Tensor)) else [start])]
+        many = isinstance(start, (Sequence, np.ndarray, torch.Tensor)) and np.ndim(start) == 1
+        try:
+            starts = [index(s) for s in (start if many else [start])]
+        except (TypeError, ValueError):
+            starts = []
         if len(starts) != count or any(not 0 <= s < 1 << 32 for s in starts):
             raise InvalidInputError(f"start must be one position from 0 to 2³²-1 for each of the {count} blocks, not {start!r}")
         return starts
@@ -197,7 +207,10 @@ class Codec(ABC):
             return None
         if tokens is None:
             raise InvalidInputError(f"codec {self.name!r} predicts from the block's token ids; give tokens=")
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(f"tokens must be {count} × {length} whole numbers: {error}") from error
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.numel() != count * length:
             raise InvalidInputError(f"tokens must be {count} × {length} whole numbers, not {list(ids.shape)} of {ids.dtype}")
         return ids.reshape(count, length).to(torch.int64)
@@ -257,9 +270,9 @@ class Codec(ABC):
             For a fidelity that is not present, blocks of unequal length, missing tokens, or an `out` that does not fit.
         """
         single = isinstance(encoded, EncodedBlock)
-        blocks = [encoded] if single else list(encoded)
-        if not blocks:
-            raise InvalidInputError("there is no block to decode")
+        blocks = [encoded] if single else list(encoded or ())
+        if not blocks or not all(isinstance(block, EncodedBlock) for block in blocks):
+            raise InvalidInputError("there is no block to decode; read bytes with EncodedBlock.from_bytes")
         stored = [self._stored(block, fidelity) for block in blocks]
         length = stored[0].tokens
         if any(s.tokens != length for s in stored):
@@ -288,7 +301,7 @@ class Codec(ABC):
             theirs, ours = head.profile.hex()[:16], self.profile_digest.hex()[:16]
             raise LayoutMismatchError(f"the block was written with profile {theirs}…, this is {ours}…")
         use = head.present if fidelity is None else fidelity
-        if not 1 <= use <= head.present or use > len(block.payload):
+        if not isinstance(use, int) or not 1 <= use <= head.present or use > len(block.payload):
             raise InvalidInputError(f"fidelity {fidelity} is not among those present (1 … {head.present})")
         layers = tuple(memoryview(p).cast("B") for p in block.payload[:use])
         sizes = self._layer_bytes(head.start, head.tokens)

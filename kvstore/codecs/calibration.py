@@ -65,7 +65,7 @@ def calibrate(
     Raises
     ------
     InvalidInputError
-        For too few samples.
+        For too few samples, NaN or Inf in one, or a token id that has no embedding.
     LayoutMismatchError
         For samples of another layout.
     """
@@ -110,6 +110,8 @@ def _gather(
             continue
         if fitted.origin is None:
             fitted.origin = rest.origin = x.mean(0)
+        if embeddings is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(embeddings):
+            raise InvalidInputError(f"a sample has token ids outside the {len(embeddings)} embeddings")
         f = None if embeddings is None else fit.features(embeddings, tokens)
         aside = number % HELD_OUT == 1
         (rest if aside else fitted).add(sample, x, f)

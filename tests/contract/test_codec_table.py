@@ -47,12 +47,21 @@ def test_unknown_names_and_options_are_refused_naming_the_known_ones():
             create("svd", GQA, ratio=ratio)
     with pytest.raises(ConfigError, match="energy"):
         create("svd", GQA, energy=1.5)
+    for name, options in (
+        ("svd", {"ratio": "4"}),
+        ("transform", {"ratio": None}),
+        ("transform", {"layers": 8}),
+        ("transform", {"layers": "x"}),
+    ):
+        with pytest.raises(ConfigError, match="cannot take the options"):
+            create(name, GQA, tiny_profile(GQA), **options)
 
 
 @pytest.mark.parametrize("name", [n for n in CODECS if codec_class(n).uses_profile])
 def test_a_codec_that_needs_a_profile_says_how_to_make_one(name):
-    with pytest.raises(ConfigError, match="calibrate"):
-        create(name, GQA)
+    for given in (None, "model.profile", {}):
+        with pytest.raises(ConfigError, match="calibrate"):
+            create(name, GQA, given)
 
 
 @every_layout
@@ -156,9 +165,28 @@ def test_tensors_that_do_not_fit_the_layout_are_refused(name):
         codec.encode(keys[:, :, :0], values[:, :, :0], start=0, tokens=ids[:0])
     with pytest.raises(InvalidInputError):
         codec.encode(keys.to(torch.int32), values.to(torch.int32), start=0, tokens=ids)
-    for start in (-1, 1 << 32, [0, 8]):
+    for start in (-1, 1 << 32, [0, 8], 1.5, "0", None):
         with pytest.raises(InvalidInputError, match="start"):
             codec.encode(keys, values, start=start, tokens=ids)
+    with pytest.raises(InvalidInputError, match="tensors"):
+        codec.encode(keys.float().numpy(), values.float().numpy(), start=0, tokens=ids)
+    if codec.needs_tokens:
+        for tokens in ("fox", [1 << 70] * 8, [-1] * 8, [0.5] * 8, ids[:3]):
+            with pytest.raises(InvalidInputError, match="token"):
+                codec.encode(keys, values, start=0, tokens=tokens)
+
+
+@every_codec
+def test_what_is_no_block_is_not_decoded(name):
+    codec = make_codec(name, GQA)
+    keys, values, ids = make_tensors(GQA, 8)
+    block = codec.encode(keys, values, start=0, tokens=ids)
+    for given in (None, [], block.to_bytes(), [block.to_bytes()]):
+        with pytest.raises(InvalidInputError, match="from_bytes"):
+            codec.decode(given, tokens=ids)
+    for fidelity in (0, 9, -1, "1"):
+        with pytest.raises(InvalidInputError, match="fidelity"):
+            codec.decode(block, tokens=ids, fidelity=fidelity)
 
 
 @every_codec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def test_calibration_refuses_too_little_and_the_wrong_shape() -> None:
         calibrate(LAYOUT, [sample(0)])
     with pytest.raises(LayoutMismatchError):
         calibrate(KVLayout(2, 2, 8), [sample(0), sample(1)])
+    with pytest.raises(InvalidInputError, match="outside the 5 embeddings"):
+        calibrate(LAYOUT, [sample(0), sample(1)], torch.randn(5, 4))
+    for what in ("keys", "values", "key_grads", "value_grads"):
+        spoilt = sample(1)
+        getattr(spoilt, what)[1, 0, 9, 2] = float("nan")
+        with pytest.raises(InvalidInputError, match=f"{what} hold NaN"):
+            calibrate(LAYOUT, [sample(0), spoilt])
+
+
+def test_gradients_that_are_all_zero_are_as_good_as_none() -> None:
+    still = [replace(sample(i), key_grads=torch.zeros(3, 2, 60, 8), value_grads=torch.zeros(3, 2, 60, 8)) for i in range(4)]
+    bare = [replace(one, key_grads=None, value_grads=None) for one in still]
+    assert calibrate(LAYOUT, still).digest == calibrate(LAYOUT, bare).digest
 
 
 def test_calibration_is_deterministic() -> None:

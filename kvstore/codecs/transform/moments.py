@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore.errors import LayoutMismatchError
+from kvstore.errors import InvalidInputError, LayoutMismatchError
 from kvstore.layout import KVLayout
 
-from ..base import KVSample
+from ..base import KVSample, is_finite
 from .classes import log_sizes
 from .groups import Group, gather
 
@@ -36,12 +36,16 @@ def rows_of(layout: KVLayout, sample: KVSample, groups: Sequence[Group]) -> tupl
 
 
 def check(layout: KVLayout, sample: KVSample) -> None:
-    """Raise LayoutMismatchError for a sample of another layout."""
+    """Raise LayoutMismatchError for a sample of another layout, InvalidInputError for one with NaN or Inf."""
     shape = tuple(sample.keys.shape)
     if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (layout.layers, layout.kv_heads, layout.head_dim):
         raise LayoutMismatchError(f"a sample's keys {shape} do not fit [{layout.layers}, {layout.kv_heads}, tokens, {layout.head_dim}]")
     if sample.values.shape != sample.keys.shape or len(sample.tokens) != shape[2]:
         raise LayoutMismatchError("a sample's keys, values and tokens differ in shape")
+    for what in ("keys", "values", "key_grads", "value_grads"):
+        x = getattr(sample, what)
+        if x is not None and x.numel() and not is_finite(x):
+            raise InvalidInputError(f"a sample's {what} hold NaN or Inf; run the model in float32")
 
 
 class Moments:
@@ -82,7 +86,7 @@ class Moments:
         if features_NF is not None:
             self.features_FF.addmm_(features_NF.T, features_NF)
             self.cross_FC.addmm_(features_NF.T, x)
-        if sample.key_grads is not None and sample.value_grads is not None:
+        if sample.key_grads is not None and sample.value_grads is not None and (sample.key_grads.any() or sample.value_grads.any()):
             self._add_fisher(sample)
 
     def _add_fisher(self, sample: KVSample) -> None:
