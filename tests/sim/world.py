@@ -21,8 +21,8 @@ from .knobs import Knobs, draw
 from .loop import StuckError, VirtualLoop
 from .workload import Worker
 
-#: Longer than any lease, pin, hold or timeout of a simulated node or client.
-REST_S = 6.5
+#: Longer than any lease, pin, hold or timeout of a simulated node or client (4 s), after the longest that a message waits in a cut (6 s).
+REST_S = 10.5
 #: Sizes are small here, so that a block has several frames and a stream several messages.
 SMALL = {
     "kvstore.node.handlers.get": {"FRAME_BYTES": 600, "PACK_BYTES": 1500},
