@@ -187,7 +187,7 @@ class Core:
         Nobody gives way to others here, since the pages of who is being computed are written to; who lacks a page waits for the step's
         end.
         """
-        if self._clock.now() - self._decoded_at < PREFILL_SLICE * self._decode_s:
+        if self._clock.now() - self._decoded_at < PREFILL_SLICE * self._decode_s * self._scheduler.patience():
             return
         jobs = [job for job in map(self._jobs.__getitem__, self._scheduler.next_decode()) if self._has_room(job)]
         try:

@@ -2,13 +2,17 @@
 
 Requests wait in order of arrival, enter while there are slots, have their prompts computed tile by tile and then take part in every
 decode step. While anybody decodes, at most one prefill step comes between two decode steps of the plan; the model's thread decodes
-within a long one as well (`next_decode`), so that a stream's gaps are those of a few decode steps.
+within a long one as well (`next_decode`), so that a stream's gaps are those of a few decode steps. Streams give way a little longer to
+prompts that are nearly done, since each of those is one more request that shares every decode step (`patience`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+
+#: Tiles that a prompt has left when it is nearly done.
+SHORT = 2
 
 
 @dataclass(slots=True)
@@ -77,11 +81,15 @@ class Scheduler:
             self.running[id_] = entry
         decode = any(e.decoding for e in self.running.values())
         prefill = [e for e in self.running.values() if not e.decoding]
-        if prefill and not (decode and self._prefilled):
+        if prefill and not (decode and self._prefilled and self.patience() == 1):
             self._prefilled = True
             return Plan(prefill=self._spans(prefill, self.busy_tiles if decode else max(self.tiles)))
         self._prefilled = False
         return Plan(decode=self.next_decode())
+
+    def patience(self) -> int:
+        """How many times as long as usual streams may wait: as many as there are prompts that are nearly done; at least 1."""
+        return max(1, sum(0 < e.prompt - e.computed <= SHORT * self.tile for e in self.running.values()))
 
     def next_decode(self) -> tuple[str, ...]:
         """Who decodes next; where they are too many for one step, they take turns."""

@@ -47,6 +47,30 @@ def test_decode_and_prefill_take_turns_and_the_gap_is_bounded():
     assert kinds == ["decode", "prefill"] * 3
 
 
+def test_streams_give_way_to_prompts_that_are_nearly_done():
+    """A burst of short prompts is computed in one go, so that its answers share their decode steps."""
+    s = scheduler(slots=8, tiles=(1,), busy_tiles=1)
+    for n in range(4):
+        s.add(Entry(f"{n}", 4, 0))
+    steps = []
+    while any(not e.decoding for e in (*s.waiting.values(), *s.running.values())):
+        plan = s.plan()
+        steps.append("prefill" if plan.prefill else "decode")
+        for id_, _, stop in plan.prefill:
+            s.computed(id_, stop)
+    assert steps == ["prefill", "prefill", "prefill", "decode", "prefill"]
+    assert s.patience() == 1
+
+
+def test_streams_give_way_to_no_long_prompt():
+    s = scheduler(slots=8)
+    for n, length in enumerate((16, 320, 320, 320)):
+        s.add(Entry(f"{n}", length, 0))
+    s.plan()
+    s.computed("0", 16)
+    assert s.patience() == 1
+
+
 def test_more_streams_than_rows_take_turns():
     s = scheduler()
     for id_ in "abc":
