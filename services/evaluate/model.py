@@ -93,18 +93,24 @@ def through(codec: Codec, cache: Cache, ids: Ids, block_tokens: int, fidelity: i
     ConfigError
         When the cache does not hold one K and V for each token.
     """
-    keys, values = cache
-    if keys.shape[2] != len(ids):
-        raise ConfigError(f"the model keeps {keys.shape[2]} of {len(ids)} tokens (sliding window?); evaluate with a shorter --prefix")
+    kept = cache[0].shape[2]
+    if kept != len(ids):
+        raise ConfigError(f"the model keeps {kept} of {len(ids)} tokens (sliding window?); evaluate with a shorter --prefix")
+    tokens, whole = torch.tensor(list(ids)), len(ids) // block_tokens * block_tokens
     stored, expected, parts = 0, 0.0, []
-    for start in range(0, len(ids), block_tokens):
-        span = slice(start, start + block_tokens)
-        tokens = torch.tensor(ids[span])
-        block = codec.encode(keys[:, :, span], values[:, :, span], start=start, tokens=tokens)
+    for first, last in ((0, whole), (whole, len(ids))):  # whole blocks in one batch, and what is left over
+        size = min(block_tokens, last - first)
+        if not size:
+            continue
+        ids_BT = tokens[first:last].view(-1, size)
+        batch = (x[:, :, first:last].unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4) for x in cache)
+        blocks = codec.encode(*batch, start=range(first, last, size), tokens=ids_BT)
         if fidelity is not None:
-            block = block.truncate(min(fidelity, block.fidelities[-1]))
-        blob = block.to_bytes()
-        stored += len(blob)
-        expected += block.expected_divergence * len(tokens) / len(ids)
-        parts.append(codec.decode(EncodedBlock.from_bytes(blob), tokens=tokens))
-    return (torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)), Stored(stored, expected)
+            blocks = [block.truncate(min(fidelity, block.fidelities[-1])) for block in blocks]
+        blobs = [block.to_bytes() for block in blocks]
+        stored += sum(map(len, blobs))
+        expected += sum(block.expected_divergence for block in blocks) * size / len(ids)
+        decoded = codec.decode([EncodedBlock.from_bytes(blob) for blob in blobs], tokens=ids_BT)
+        parts.append([x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in decoded])
+    keys, values = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return (keys, values), Stored(stored, expected)
