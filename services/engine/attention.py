@@ -28,12 +28,11 @@ NAME = "concertina"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`size` rows of the flat batch from `row` on: `count` prompt tokens of one request, the first at `start` of its cache, and padding."""
+    """`count` rows of the flat batch from `row` on: prompt tokens of one request, the first at `start` of its cache, all in one page."""
 
     kv: LiveKV
     row: int
     start: int
-    size: int
     count: int
     press: Press | None
 
@@ -55,28 +54,29 @@ class Masks:
 
     def get(self, tile: Tile, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
         """[1, 1, G·T, start + T]: 0 where a query may look, -inf elsewhere. Queries of the same group lie together."""
-        key = (tile.size, groups, dtype, window)
+        key = (groups, dtype, window)
         wide = self._wide.get(key)
-        if wide is None or wide.shape[1] < tile.start + tile.size:
+        if wide is None or wide.shape[2] < tile.start + tile.kv.block_tokens:
             wide = self._wide[key] = self._build(tile, groups, dtype, window)
-        return wide[None, None, :, wide.shape[1] - tile.start - tile.size :]
+        first = wide.shape[2] - tile.kv.block_tokens - tile.start
+        return wide[:, : tile.count, first : first + tile.start + tile.count].flatten(0, 1)[None, None]
 
     @staticmethod
     def _build(tile: Tile, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        width = tile.size * max(16, 1 << (tile.start // tile.size + 1).bit_length())
-        device = tile.kv.device
-        query = torch.arange(width - tile.size, width, device=device)[:, None]
+        size, device = tile.kv.block_tokens, tile.kv.device
+        width = size * max(16, 1 << (tile.start // size + 1).bit_length())
+        query = torch.arange(width - size, width, device=device)[:, None]
         key = torch.arange(width, device=device)[None, :]
         hidden = key > query
         if window:
             hidden |= key <= query - window
-        mask = torch.zeros(tile.size, width, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat(groups, 1)
+        mask = torch.zeros(size, width, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return mask.repeat(groups, 1, 1)
 
 
 @dataclass(slots=True)
 class Step:
-    """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond them are padding.
+    """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond the tokens are padding.
 
     `native` computes all tokens at once, where there is code for them. `between` is called after the attention of each layer of tiles,
     and may run another forward. `layers_seen` proves that every layer came by.
@@ -137,19 +137,18 @@ def attend(
 
 
 def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window) -> None:
-    rows = slice(tile.row, tile.row + tile.size)
+    rows = slice(tile.row, tile.row + tile.count)
     tile.kv.write(layer, tile.start, key[0, :, rows], value[0, :, rows])
-    k, v = tile.kv.layer(layer, tile.start + tile.size)
+    k, v = tile.kv.layer(layer, tile.start + tile.count)
     heads, dim = k.shape[0], query.shape[3]
     groups = query.shape[1] // heads
     # The query heads that share a KV head become further rows of it: K and V are read once and never repeated.
-    packed = query[0, :, rows].reshape(1, heads, groups * tile.size, dim)
+    packed = query[0, :, rows].reshape(1, heads, groups * tile.count, dim)
     mask = masks.get(tile, groups, query.dtype, window)
     out = functional.scaled_dot_product_attention(packed, k[None], v[None], attn_mask=mask, scale=scaling)
-    out_NQD[rows] = out.view(heads * groups, tile.size, -1).transpose(0, 1)
+    out_NQD[rows] = out.view(heads * groups, tile.count, -1).transpose(0, 1)
     if tile.press is not None:
-        q_HGTD = packed.view(heads, groups, tile.size, dim)[:, :, : tile.count]
-        tile.press.see(layer, q_HGTD, tile.kv, tile.start + tile.count, scaling, window)
+        tile.press.see(layer, packed.view(heads, groups, tile.count, dim), tile.kv, tile.start + tile.count, scaling, window)
 
 
 def _attend_tokens(layer, step, query, key, value, scaling, window) -> torch.Tensor:

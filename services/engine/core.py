@@ -176,7 +176,9 @@ class Core:
         for row, job in enumerate(finished):
             self._publish(job, len(job.spec.tokens))
             self._next_token(job, logits[row])
-        self._rates.prefilled(len(tiles) * self._runner.tile, self._clock.now() - began)
+        rows = sum(len(tile.tokens) for tile in tiles)
+        if rows % self._runner.tile == 0:  # few rows have a rate of their own
+            self._rates.prefilled(rows, self._clock.now() - began)
 
     def _decode(self, plan: Plan) -> None:
         self._advance(self._with_room([self._jobs[id_] for id_ in plan.decode]))

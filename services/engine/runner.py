@@ -1,8 +1,9 @@
 """Run the model on a flat batch: tiles of prompts, or one token for each of several requests.
 
 Numbers must not depend on who else is in a batch, on how a prompt was cut, or on whether its prefix came from the store. So a prompt
-is always computed in tiles of `tile` tokens at multiples of `tile`, the last one padded; and a forward has only row counts for which
-`services.engine.shapes` has seen this machine give every row the same bits as in any other (`Shapes`).
+is always computed in tiles of `tile` tokens at multiples of `tile`; several whole ones share a forward only in numbers for which
+`services.engine.shapes` has seen this machine give every row the same bits as in any other (`Shapes`). What is left at its end, less
+than a tile, is a forward of its own with just these rows: after a long cached prefix that is all there is to compute.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, tiles: Sequence[PromptTile], between: Callable[[], None] | None = None) -> torch.Tensor:
-        """Compute tiles, as many as one of `shapes.tiles`; several of one prompt must be in order.
+        """Compute whole tiles, as many as one of `shapes.tiles`, or one partial tile; several of one prompt must be in order.
 
         `between` is called in each layer, and may decode: forwards keep nothing in the model, so one may run within another.
 
@@ -82,13 +83,13 @@ class Runner:
         Tensor [tiles that asked for logits, vocabulary], float32.
         """
         ids, positions, spans, wanted = [], [], [], []
-        for number, part in enumerate(tiles):
-            row, count = number * self.tile, len(part.tokens)
-            ids += [*part.tokens, *[0] * (self.tile - count)]
-            positions += range(part.start, part.start + self.tile)
-            part.kv.reserve(part.start + self.tile)
+        for part in tiles:
+            row, count = len(ids), len(part.tokens)
+            ids += part.tokens
+            positions += range(part.start, part.start + count)
+            part.kv.reserve(part.start + count)
             part.kv.length = part.start + count
-            spans.append(Tile(part.kv, row, part.start, self.tile, count, part.press))
+            spans.append(Tile(part.kv, row, part.start, count, part.press))
             if part.logits:
                 wanted.append(row + count - 1)
         return self._forward(ids, positions, wanted, Step(tiles=tuple(spans), masks=self._masks, between=between))

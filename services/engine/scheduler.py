@@ -99,14 +99,23 @@ class Scheduler:
         return tuple(decode[: self.rows])
 
     def _spans(self, prefill: list[Entry], most: int) -> tuple[tuple[str, int, int], ...]:
-        """The next tiles, first come first served: the largest allowed number that there is work for."""
+        """The next tiles, first come first served: the largest allowed number of whole ones that there is work for, or one partial tile.
+
+        A partial tile has as many rows as tokens. It is alone in its step, so that the step's shape depends on its prompt and nothing else.
+        """
         spans: list[tuple[str, int, int]] = []
         for entry in prefill:
-            start = entry.computed
-            while start < entry.prompt and len(spans) < most:
-                stop = min(start + self.tile, entry.prompt)
-                spans.append((entry.id, start, stop))
-                start = stop
+            for start in range(entry.computed, entry.prompt, self.tile):
+                span = (entry.id, start, min(start + self.tile, entry.prompt))
+                partial = span[2] - start < self.tile
+                if partial and not spans:
+                    return (span,)
+                if partial or len(spans) == most:
+                    return self._allowed(spans)
+                spans.append(span)
+        return self._allowed(spans)
+
+    def _allowed(self, spans: list[tuple[str, int, int]]) -> tuple[tuple[str, int, int], ...]:
         return tuple(spans[: max(n for n in self.tiles if n <= len(spans))])
 
     def computed(self, id_: str, tokens: int) -> None:

@@ -26,11 +26,24 @@ def test_a_prompt_is_cut_into_tiles_at_their_multiples():
     assert s.plan() == Plan(prefill=(("a", 12, 14),))
 
 
-def test_a_step_takes_tiles_of_several_requests_in_order_of_arrival():
+def test_a_step_takes_whole_tiles_of_several_requests_in_order_of_arrival():
+    s = scheduler()
+    s.add(Entry("a", 8, 0))
+    s.add(Entry("b", 20, 0))
+    assert s.plan() == Plan(prefill=(("a", 0, 4), ("a", 4, 8), ("b", 0, 4), ("b", 4, 8)))
+
+
+def test_a_partial_tile_is_alone_in_its_step():
     s = scheduler()
     s.add(Entry("a", 5, 0))
-    s.add(Entry("b", 20, 0))
-    assert s.plan() == Plan(prefill=(("a", 0, 4), ("a", 4, 5), ("b", 0, 4), ("b", 4, 8)))
+    s.add(Entry("b", 3, 0))
+    s.add(Entry("c", 4, 0))
+    plans = []
+    while len(plans) < 4:
+        plan = s.plan()
+        run(s, plan)
+        plans += [plan.prefill] if plan.prefill else []
+    assert plans == [(("a", 0, 4),), (("a", 4, 5),), (("b", 0, 3),), (("c", 0, 4),)]
 
 
 def test_decode_and_prefill_take_turns_and_the_gap_is_bounded():
