@@ -38,7 +38,8 @@ RATIO_BYTES_PER_VALUE = 2
 _PREFIX = struct.Struct("<4sHHI")
 _FIXED = struct.Struct("<HBBBBHHHII32s32s32s32sBff")
 _ROW = struct.Struct("<IIfff")
-MAX_HEADER_BYTES = _PREFIX.size + _FIXED.size + MAX_FIDELITIES * _ROW.size
+_FIXED_AT, _ROWS_AT, _ROW_BYTES = _PREFIX.size, _PREFIX.size + _FIXED.size, _ROW.size
+MAX_HEADER_BYTES = _ROWS_AT + MAX_FIDELITIES * _ROW_BYTES
 
 Buffer = bytes | bytearray | memoryview
 
@@ -100,11 +101,11 @@ class BlockHeader:
 
     @property
     def payload_bytes(self) -> int:
-        return sum(row.size_bytes for row in self.rows[: self.present])
+        return sum([row.size_bytes for row in self.rows[: self.present]])
 
     @property
     def header_bytes(self) -> int:
-        return _PREFIX.size + _FIXED.size + len(self.rows) * _ROW.size
+        return _ROWS_AT + len(self.rows) * _ROW_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -141,27 +142,27 @@ class BlockHeader:
             For anything but a header that `to_bytes` could have written.
         """
         view = memoryview(blob).cast("B")
-        if len(view) < _PREFIX.size + _FIXED.size:
+        if len(view) < _ROWS_AT:
             raise CorruptBlockError(f"{len(view)} bytes are too few for a block header")
         magic, version, size, crc = _PREFIX.unpack_from(view)
         if magic != MAGIC or version != VERSION:
             raise CorruptBlockError(f"not a block of format {VERSION}: magic {bytes(magic)!r}, version {version}")
-        if not _PREFIX.size + _FIXED.size <= size <= min(MAX_HEADER_BYTES, len(view)):
+        if size < _ROWS_AT or size > MAX_HEADER_BYTES or size > len(view):
             raise CorruptBlockError(f"header length {size} is impossible")
-        if crc32c(view[_PREFIX.size : size]) != crc:
+        if crc32c(view[_FIXED_AT:size]) != crc:
             raise CorruptBlockError("the header's CRC-32C does not match")
         (codec, dtype, count, mask, flags, layers, kv_heads, head_dim, start, tokens, key, namespace, parent, profile,
-         p_fidelity, p_keys, p_values) = _FIXED.unpack_from(view, _PREFIX.size)  # fmt: skip
+         p_fidelity, p_keys, p_values) = _FIXED.unpack_from(view, _FIXED_AT)  # fmt: skip
         present = mask.bit_length()
         if flags or not 1 <= count <= MAX_FIDELITIES or not 1 <= present <= count or mask != (1 << present) - 1:
             raise CorruptBlockError(f"impossible fidelity mask {mask:#x} of {count} layers")
-        if size != _PREFIX.size + _FIXED.size + count * _ROW.size:
+        if size != _ROWS_AT + count * _ROW_BYTES:
             raise CorruptBlockError("header length and number of layers disagree")
         if not 1 <= tokens <= MAX_TOKENS or not layers or not kv_heads or not head_dim:
             raise CorruptBlockError(f"impossible shape [{layers}, {kv_heads}, {tokens}, {head_dim}]")
         rows = []
-        for i in range(count):
-            length, row_crc, k, v, divergence = _ROW.unpack_from(view, _PREFIX.size + _FIXED.size + i * _ROW.size)
+        for at in range(_ROWS_AT, size, _ROW_BYTES):
+            length, row_crc, k, v, divergence = _ROW.unpack_from(view, at)
             rows.append(LayerInfo(length, row_crc, Distortion(k, v), divergence))
         header = cls(
             codec, dtype, layers, kv_heads, head_dim, start, tokens, tuple(rows), present, key, namespace, parent, profile,

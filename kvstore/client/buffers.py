@@ -9,6 +9,9 @@ import numpy as np
 
 #: Several small blocks that arrive together share a buffer of this size.
 SHARED_BYTES = 4 << 20
+#: Where a buffer begins. The memory allocator begins 16 bytes behind a page, and each store of a copy from the start of one there looks to
+#: the processor as if it could change what is read next: such copies are half as fast.
+ALIGNMENT = 64
 
 
 class Buffers:
@@ -32,7 +35,7 @@ class Buffers:
             whole = self._free[room].pop()
             self.kept_bytes -= room
         except IndexError:
-            whole = np.empty(room, np.uint8)
+            whole = _aligned(room)
         view = whole[:size_bytes]
         weakref.finalize(view, self._give_back, whole).atexit = False
         return memoryview(view)  # parts of it keep the view alive; a part of an array would only keep `whole`
@@ -61,8 +64,15 @@ class Carver:
             return self._buffers.take(size_bytes)
         if size_bytes > len(self._rest):
             self._rest = self._buffers.take(SHARED_BYTES)
-        part, self._rest = self._rest[:size_bytes], self._rest[size_bytes:]
+        part, self._rest = self._rest[:size_bytes], self._rest[-(-size_bytes // ALIGNMENT) * ALIGNMENT :]
         return part
+
+
+def _aligned(size_bytes: int) -> np.ndarray:
+    """Fresh memory that begins with a line of the processor's cache."""
+    memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT
+    return memory[skip : skip + size_bytes]
 
 
 def _room(size_bytes: int) -> int:

@@ -26,7 +26,7 @@ from .line import Line, map_memory, receive_memory
 from .staging import Stage
 
 #: Bytes copied and then checked while the processor's cache still holds them.
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
@@ -162,9 +162,10 @@ class Door(Line):
 
     def _copy(self, header: BlockHeader, runs: Iterator[tuple[int, int]], memory: Carver) -> EncodedBlock:
         """One block out of the arena, every layer's CRC compared."""
-        if not header.payload_bytes:
+        size_bytes = header.payload_bytes
+        if not size_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        arena, view = self.arena, memory.take(header.payload_bytes)
+        arena, view = self.arena, memory.take(size_bytes)
         whole, at, parts = np.frombuffer(view, np.uint8), 0, []
         for number, row in enumerate(header.rows[: header.present], 1):
             start, crc = at, 0

@@ -14,6 +14,7 @@ from kvstore import door
 from kvstore.block import EncodedBlock
 from kvstore.door import Kind
 
+from .buffers import ALIGNMENT
 from .line import Line, map_memory
 
 #: The node begins after so many bytes, while the next are written.
@@ -72,5 +73,6 @@ class Stage:
                 source = np.frombuffer(layer, np.uint8)
                 self._memory[at : at + len(source)] = source
                 at += len(source)
+            at = -(-at // ALIGNMENT) * ALIGNMENT
             count += 1
         return door.message(Kind.OFFER, *parts), count
