@@ -61,7 +61,7 @@ class Lookup:
         hits = self._hits(keys, found)
         different = {id(places): places for places in found}.values()
         strangers = {place.incarnation for places in different for place in places} - self._membership.everyone().keys()
-        if strangers and len(hits) < len(keys) and any(self._membership.stranger_for_s(s) is None for s in strangers):
+        if len(hits) < len(keys) and [s for s in sorted(strangers) if self._membership.stranger_for_s(s) is None]:  # all are noted
             # A node that joined since the last read. One that is dead costs this once, then it is a known stranger.
             await self._membership.next_read()
             hits = self._hits(keys, found)

@@ -86,8 +86,8 @@ class Worker:
             prompt, hits = self._old_hits.pop(0)
             await self._fetch(prompt, hits, prompt.namespace, 0.0, 0.5)
 
-    async def _look_up(self, prompt: Prompt) -> list[Hit]:
-        began, deadline_s = self.cluster.loop.time(), self.rng.choice((0.05, 0.25))
+    async def _look_up(self, prompt: Prompt, deadline_s: float | None = None) -> list[Hit]:
+        began, deadline_s = self.cluster.loop.time(), deadline_s or self.rng.choice((0.05, 0.25))
         hits = await self.client.lookup(prompt.keys, deadline_s=deadline_s)
         self.history.ended("lookup", began, deadline_s)
         for hit in hits:
@@ -167,7 +167,7 @@ class Worker:
 
     async def read_all(self, prompt: Prompt) -> tuple[int, int]:
         """With nothing wrong any more, read a whole prompt: how many blocks the index named, and how many came."""
-        hits = await self._look_up(prompt)
+        hits = await self._look_up(prompt, 2.0)
         return len(hits), await self._fetch(prompt, hits, prompt.namespace, 0.0, 2.0)
 
     def _some_keys(self) -> list[bytes]:
