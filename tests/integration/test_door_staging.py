@@ -33,11 +33,13 @@ def guest_of(node):
 
 @pytest.mark.parametrize("size", [100, 70_000, 3 * MIB])
 async def test_blocks_that_are_put_on_the_same_host_come_back_as_they_were(size: int) -> None:
-    async with store(paths="local") as (node, client):
+    async with store() as (node, client):
         blocks = chain(7, size=size)
-        hits = await stored(client, blocks)
-        assert client._doors._idle[node.record.incarnation][0]._stage is not None
-        fetched = await fetch(client, hits)
+        guest = await asyncio.to_thread(open_door, node.record, True, "", 30.0)
+        assert await asyncio.to_thread(guest.write, [(block, 0) for block in blocks], 60.0) == bytes([Status.OK] * 7)
+        assert all(guest._stage.fits(block) for block in blocks)
+        guest.close()
+        fetched = await fetch(client, await stored(client, blocks))
         assert [b"".join(block.payload) for block in fetched.blocks] == [b"".join(block.payload) for block in blocks]
 
 
