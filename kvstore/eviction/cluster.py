@@ -170,12 +170,13 @@ def waterline(reports: Sequence[Pressure], needed_bytes: int | None = None) -> f
     return math.inf
 
 
-def is_admitted(worth: float, line: float) -> bool:
-    """Whether a block of this value (`EvictionPolicy.worth`) may be written while the waterline is at `line`.
+def is_admitted(worth: float, victim: float, line: float) -> bool:
+    """Whether a block of this value (`EvictionPolicy.worth`) may be written to a node whose own next victim is worth `victim`.
 
+    The next victim is the waterline as the node knows it now; that of the reports, `line`, says whether there is room elsewhere.
     Values are told apart as finely as reports tell them: a block that is worth as much as what leaves next is written.
     """
-    return bin_of(worth) >= bin_of(line)
+    return line <= 0.0 or bin_of(worth) >= bin_of(victim)
 
 
 class Placer:

@@ -192,9 +192,8 @@ class _Cluster:
         victim = node.policy.victim(request.now)
         if node.used <= node.capacity or victim is None:
             return []
-        line = min(self.waterline, victim.value)
         for number, block in enumerate(missing):
-            if not is_admitted(node.policy.worth(request, self.infos[block]), line):
+            if not is_admitted(node.policy.worth(request, self.infos[block]), victim.value, self.waterline):
                 return missing[number:]
         return []
 

@@ -9,6 +9,7 @@ from kvstore.block import BlockHeader
 from kvstore.clock import Clock
 from kvstore.codecs import PROFILE_WIRE_ID
 from kvstore.eviction.base import BlockInfo, EvictionPolicy, Request
+from kvstore.eviction.cluster import is_admitted
 
 from .floors import FloorTable
 from .quotas import QuotaTable
@@ -88,8 +89,7 @@ class Admission:
         if self._allocator.free_pages >= pages or header.codec == PROFILE_WIRE_ID:
             return True
         victim, info = self._policy.victim(self._clock.now()), self.info(header, owner)
-        # The next victim is the waterline as this node knows it now; that of the reports says whether there is room elsewhere.
-        return victim is None or self.waterline <= 0.0 or self._policy.worth(request, info) >= victim.value
+        return victim is None or is_admitted(self._policy.worth(request, info), victim.value, self.waterline)
 
     def _fits_quota(self, header: BlockHeader, owner: str, pages: int) -> bool:
         while subject := self.quotas.over((owner, header.namespace.hex()), pages * self._page_bytes):

@@ -107,8 +107,9 @@ def test_a_price_is_the_mean_value_of_what_leaves() -> None:
 
 
 def test_admission_tells_values_apart_as_finely_as_reports() -> None:
-    assert is_admitted(0.1, 0.0) and is_admitted(0.1, 0.1) and is_admitted(float("inf"), float("inf"))
-    assert not is_admitted(0.1, 0.2) and not is_admitted(0.0, 0.001)
+    assert is_admitted(0.1, 0.1, 0.05) and is_admitted(float("inf"), float("inf"), 0.05)
+    assert not is_admitted(0.1, 0.2, 0.05) and not is_admitted(0.0, 0.001, 0.05)
+    assert is_admitted(0.0, 0.2, 0.0), "some node has room"
 
 
 def test_a_report_that_cannot_be_read_counts_room_and_keeps_the_rest_dear() -> None:
