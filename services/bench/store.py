@@ -1,7 +1,7 @@
 """``bench store``: the store's data plane beside what bounds it and what it competes with, and how long a lookup takes.
 
-A client moves 64 values in one call: by gRPC, through the node's door over TCP, and out of shared memory; beside it, in turns, a plain TCP
-copy in Python, a memory copy, and Redis (an embedded Valkey) of the same bytes. Node, servers and clients are processes of their own.
+A client moves 64 values in one call: by gRPC, through the node's door over TCP, and through shared memory; beside it, in turns, a plain
+TCP copy in Python, a memory copy, and Redis (an embedded Valkey) of the same bytes. Node, servers and clients are processes of their own.
 """
 
 from __future__ import annotations

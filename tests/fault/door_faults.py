@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from contextlib import suppress
+from unittest.mock import patch
 
 from kvstore import door
 from kvstore.block import EncodedBlock
 from kvstore.client.buffers import Buffers
 from kvstore.client.door import Door, open_door
+from kvstore.client.staging import Stage
 from kvstore.errors import ConcertinaError
 from kvstore.metadata import NodeRecord
 
@@ -17,6 +20,8 @@ from .base import Fault
 from .blocks import chain, is_one_of
 from .load import listed
 from .system import System
+
+_rng = random.Random(20261124)
 
 
 class LateDoor(Door):
@@ -76,3 +81,25 @@ class StillGuest(Fault):
             payload = b"".join(block.payload)
             guest.deadline = time.monotonic() + 2.0
             await asyncio.to_thread(guest.send, [request, payload[: int(len(payload) * share)]])
+
+
+class FlipStage(Fault):
+    """Bits change in the memory that writers share with a node, after they wrote and before the node has copied."""
+
+    load = "put"
+    way = "local"
+
+    async def inject(self, system: System) -> None:
+        fill = Stage._fill
+
+        def spoil(stage: Stage, start: int, limit: int, blocks):
+            message, count = fill(stage, start, limit, blocks)
+            if _rng.random() < 0.3:
+                stage._memory[start + _rng.randrange(1000)] ^= 1 << _rng.randrange(8)
+            return message, count
+
+        self._patch = patch.object(Stage, "_fill", spoil)
+        self._patch.start()
+
+    async def heal(self, system: System) -> None:
+        self._patch.stop()

@@ -84,6 +84,9 @@ FAULTS: dict[str, Fault] = {
     "node killed under a reader of its memory": node_faults.Kill("get", way="local"),
     "node killed at its door in put": node_faults.Kill("put", way="tcp"),
     "node stopped under a reader of its memory": node_faults.Stop("get", way="local"),
+    "bits flip in a writer's shared memory": door_faults.FlipStage(),
+    "node killed under a writer to its memory": node_faults.Kill("put", way="local"),
+    "node stopped under a writer to its memory": node_faults.Stop("put", way="local"),
     "slow reader of shared memory": door_faults.SlowReader(),
     "guest of the door stands still in put": door_faults.StillGuest(),
     # the disk behind an arena

@@ -83,6 +83,6 @@ class ByTcp(Concertina):
 
 
 class OnSameHost(Concertina):
-    """Through the node's door, out of its shared memory."""
+    """Through the node's door: gets out of its shared memory, puts through memory that it shares with the writer."""
 
     paths = "local"
