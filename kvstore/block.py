@@ -101,7 +101,9 @@ class BlockHeader:
 
     @property
     def payload_bytes(self) -> int:
-        return sum([row.size_bytes for row in self.rows[: self.present]])
+        if self.present == 1:  # most blocks, and this is asked several times on their way
+            return self.rows[0].size_bytes
+        return sum(row.size_bytes for row in self.rows[: self.present])
 
     @property
     def header_bytes(self) -> int:

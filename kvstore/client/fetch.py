@@ -242,7 +242,7 @@ class Fetcher:
         """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
         keys = [job.hits[p].key for p in positions]
         request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True)
-        reader, position = None, positions[0]
+        reader, position, came = None, positions[0], self._metrics.fetched_blocks.labels("grpc")
         try:
             async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as messages:
                 reader = BlockReader(messages, self._config.offload_bytes, self._buffers)
@@ -253,7 +253,7 @@ class Fetcher:
                     if block is None:
                         break
                     job.arrived([(position, block)])
-                    self._metrics.fetched_blocks.labels("grpc").inc()
+                    came.inc()
                 else:
                     position = len(job.hits)
         except CorruptBlockError as error:
