@@ -10,6 +10,7 @@ import torch
 
 from kvstore.codecs import KVSample, Profile
 from kvstore.codecs.calibration import calibrate
+from kvstore.codecs.transform.groups import plan
 from kvstore.errors import ConfigError
 from kvstore.layout import KVLayout
 from services.model.directory import fingerprint
@@ -47,17 +48,18 @@ def calibrate_model(
     Raises
     ------
     ConfigError
-        For too few tokens, or texts that are missing or too short.
+        For too few tokens, an impossible number of groups, or texts that are missing or too short.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if tokens < MIN_TOKENS:
         raise ConfigError(f"calibration takes at least {MIN_TOKENS} tokens, not {tokens}")
+    config = AutoConfig.from_pretrained(model_dir)
+    layout, size = KVLayout.from_model_config(config, dtype=torch.float32), collect.window(config)
+    plan(layout, groups)  # whatever cannot be is said before minutes are spent
     given = texts.read(paths) if paths else []
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval().requires_grad_(False).to(device)
-    layout = KVLayout.from_model_config(model.config, dtype=torch.float32)
-    size = collect.window(model.config)
     windows = _windows(tokenizer, given, tokens // size, size)
 
     def counted() -> Iterator[KVSample]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from kvstore.errors import ConfigError
+from services.system.checks import check_device
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; name the file to write")
+    check_device(args.device)
     from services.calibrate.run import calibrate_model
     from services.model.resolve import resolve_model
     from services.progress import Progress

@@ -159,6 +159,9 @@ def test_the_command_calibrates_a_real_model(tiny_model: Path, tmp_path: Path, c
     made = Profile.load(out)
     assert result["digest"] == made.digest.hex() and result["tokens"] >= 3000 and made.facts["sensitivities"]
     assert made.facts["divergence"] > 0
+    for wrong in (["--groups", "many"], ["--groups", "3"], ["--tokens", "10"], ["--device", "tpu"], ["--out", str(tmp_path)]):
+        assert main(["calibrate", "--model", str(tiny_model), "--out", str(out), *wrong]) == 2
+        assert wrong[0].strip("-") in capsys.readouterr().err
 
 
 def test_sliding_windows_and_short_contexts_calibrate_too(tmp_path: Path) -> None:
