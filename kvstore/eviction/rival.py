@@ -84,17 +84,17 @@ class Rival:
         self.edge = times[first - 1] - _SAME_S if first else self.cutoff
         self.spare = room - self._held
 
-    def judge(self, asked: int, hits: int, rival_hits: int) -> bool:
-        """Count a request for `asked` blocks; True if the lead has changed hands."""
+    def judge(self, asked: int, hits: int, rival_hits: int, begins: bool = True) -> bool:
+        """Count a request for `asked` blocks, or a further part of one unless it `begins`; True if the lead has changed hands."""
         self._asked += asked
-        self._requests += 1
-        allowed = _ALLOWED_REQUESTS * self._asked / self._requests
+        self._requests += begins
+        allowed = _ALLOWED_REQUESTS * self._asked / max(self._requests, 1)
         if self.leads:
-            self._wait -= 1
+            self._wait -= begins
             self._ahead = -allowed / 2
             self.leads = self._wait > 0
             return not self.leads
-        self._ahead += hits - rival_hits - self._ahead * _FORGET
+        self._ahead += hits - rival_hits - self._ahead * _FORGET * begins
         if self._ahead > allowed:
             self._next_wait = _FIRST_WAIT
         elif self._ahead < -allowed:

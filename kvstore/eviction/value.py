@@ -99,14 +99,15 @@ class ValuePolicy(EvictionPolicy):
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         self._now = now = max(request.now, self._now)
-        if request.seq != self._seq:
+        begins = request.seq != self._seq
+        if begins:
             self._seq, self._base = request.seq, None
             self._requests += 1
             self._all_requests += 1
         if not blocks:
             return
         room = len(self.table)
-        slots, known = self._enter(blocks, now)
+        slots, known = self._enter(blocks, now, begins)
         self._rival.came(now, len(blocks), room)
         # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: all is said already.
         if known or self._base is None:
@@ -189,8 +190,8 @@ class ValuePolicy(EvictionPolicy):
             if slot >= 0:
                 self._offer(slot)
 
-    def _enter(self, blocks: Sequence[BlockInfo], now: float) -> tuple[list[int], int]:
-        """Make all blocks resident and count uses. Answers their slots, and how many from the root on were known before."""
+    def _enter(self, blocks: Sequence[BlockInfo], now: float, begins: bool) -> tuple[list[int], int]:
+        """Make all blocks resident and count uses; whether a request `begins` with them. Answers their slots, and how many from the root on were known before."""
         table, used_at, classes, candidates = self.table, self._used_at, self._class, self._candidates
         slots, known = [0] * len(blocks), 0
         rival, hits, rival_hits = self._rival, 0, 0
@@ -229,7 +230,7 @@ class ValuePolicy(EvictionPolicy):
             slots[index] = slot
             known = known or index + 1
         self._count(last, run, now)
-        if rival.judge(len(blocks), hits, rival_hits):
+        if rival.judge(len(blocks), hits, rival_hits, begins):
             candidates.stale()
         return slots, known
 

@@ -39,7 +39,7 @@ def test_the_newest_blocks_are_those_that_recency_holds() -> None:
 def test_the_account_is_that_of_a_store_in_order_of_recency(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = [0, 0]
 
-    def judge(_: Rival, asked: int, hits: int, rival_hits: int) -> bool:
+    def judge(_: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
         counted[0] += asked
         counted[1] += rival_hits
         return False
@@ -62,6 +62,19 @@ def test_recency_leads_when_learning_loses_and_for_longer_each_time() -> None:
     assert len(led) <= 6
     rival = Rival()
     assert not any(rival.judge(100, 85 + number % 20, 90) for number in range(2000)), "a lead that wavers is none of its business"
+
+
+def test_a_request_in_parts_counts_as_one() -> None:
+    whole, parts, led = Rival(), Rival(), [0, 0]
+    for _ in range(500):
+        whole.judge(100, 80, 90)
+        parts.judge(80, 80, 80)
+        for _ in range(20):
+            parts.judge(1, 0, 0, False)
+        parts.judge(0, 0, 10, False)
+        led[0] += whole.leads
+        led[1] += parts.leads
+    assert led[0] > 200 and abs(led[0] - led[1]) <= 10
 
 
 @pytest.mark.parametrize("kind", traffic.KINDS)
