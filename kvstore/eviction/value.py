@@ -191,7 +191,10 @@ class ValuePolicy(EvictionPolicy):
                 self._offer(slot)
 
     def _enter(self, blocks: Sequence[BlockInfo], now: float, begins: bool) -> tuple[list[int], int]:
-        """Make all blocks resident and count uses; whether a request `begins` with them. Answers their slots, and how many from the root on were known before."""
+        """Make all blocks resident and count uses; whether a request `begins` with them.
+
+        Answers their slots, and how many from the root on were known before.
+        """
         table, used_at, classes, candidates = self.table, self._used_at, self._class, self._candidates
         slots, known = [0] * len(blocks), 0
         rival, hits, rival_hits = self._rival, 0, 0
