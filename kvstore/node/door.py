@@ -201,10 +201,8 @@ class Guest:
 
     def _open_stage(self) -> None:
         self._stage = self._stages.open() if self._service.arena.device == "cpu" else None
-        if self._stage is None:
-            socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(0))], [])
-        else:
-            socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(STAGE_BYTES))], [self._stage.fd])
+        size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
+        socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 
     def _look(self, body: memoryview) -> tuple[list[Found | None], int]:
         (tokens,) = door.NUMBER.unpack_from(body)

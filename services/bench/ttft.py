@@ -15,15 +15,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from kvstore.client import ClientConfig, KvClient
 from kvstore.codecs import Profile, codec_class, names
-from kvstore.layout import KVLayout
 from services.engine.base import CacheMode
 from services.engine.config import EngineConfig
 from services.engine.transformers_engine import TransformersEngine
 from services.plot import line_plot
+from services.profiles.obtain import find
 
 from .base import Result, log
 from .workload import Answer, ask, ask_together, percentile, summary_ms, system, text_prompts
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> Result:
     model = resolve_model(args.model)
     lengths = sorted(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS))
     rounds = args.rounds or (3 if args.quick else 5)
-    profile = _profile(args.profile, model)
+    profile = find(model, args.profile)
     chosen = args.codec or ([MAIN, "transform"] if args.quick else names())
     chosen = [MAIN, *(c for c in chosen if c != MAIN and (profile or not codec_class(c).uses_profile))]
     configuration = {
@@ -84,18 +82,6 @@ def run(args: argparse.Namespace) -> Result:
     with system(None, workers=0, arena_bytes=ARENA_BYTES) as store:
         asyncio.run(_measure(result, model, store.redis, profile))
     return result
-
-
-def _profile(path: str | None, model: Path) -> Profile | None:
-    """The file that is named, or the one that calibration left for this model on this machine."""
-    if path:
-        return Profile.load(path)
-    from transformers import AutoConfig
-
-    from services.model import fingerprint
-    from services.profiles.local import find
-
-    return find(fingerprint(model), KVLayout.from_model_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16))
 
 
 async def _measure(result: Result, model: Path, redis: str, profile: Profile | None) -> None:

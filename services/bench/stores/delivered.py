@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvstore.client import ClientConfig, Hit, KvClient
-from kvstore.codecs import Codec, EncodedBlock, Profile, create
+from kvstore.codecs import Codec, EncodedBlock, create
 from kvstore.errors import TransportError
 from kvstore.identity import NO_PARENT, block_keys
 
@@ -37,13 +36,14 @@ def measure(result: Result, redis_url: str, model_name: str | None, profile_file
     """Add the samples and rows of every codec and path to `result`."""
     from services.evaluate.model import CachedModel
     from services.model.resolve import resolve_model
+    from services.profiles.obtain import find
 
     from ..codecs import blocks_of, prompt_of
 
     folder = resolve_model(model_name)
     model = CachedModel.load(folder, torch.bfloat16)
     ids = prompt_of(model, result.configuration["delivered_tokens"])
-    profile = Profile.load(profile_file) if profile_file else _own_profile(folder, model)
+    profile = find(folder, profile_file)
     _, (keys, values) = model.run(ids, logits=False)
     batch = [blocks_of(x, BLOCK_TOKENS) for x in (keys, values)]
     tokens = torch.tensor(ids).view(-1, BLOCK_TOKENS)
@@ -56,13 +56,6 @@ def measure(result: Result, redis_url: str, model_name: str | None, profile_file
         codec = create(name, model.layout, profile, **options)
         with servers(redis_url, arena_bytes=2 * raw_bytes + (64 << 20), copy_bytes=raw_bytes) as where:
             _case(result, codec, batch, tokens, raw_bytes, {"redis": redis_url, **where})
-
-
-def _own_profile(folder: Path, model: Any) -> Profile | None:
-    from services.model.directory import fingerprint
-    from services.profiles import local
-
-    return local.find(fingerprint(folder), model.layout)
 
 
 def _case(result: Result, codec: Codec, batch: list[torch.Tensor], tokens: torch.Tensor, raw_bytes: int, where: dict[str, Any]) -> None:
