@@ -69,7 +69,7 @@ class EngineConfig:
     max_queue: int = 64
     max_live_tokens: int = 0
     max_context: int = 0
-    prefill_tiles: int = 4
+    prefill_tiles: int = 16
     busy_prefill_tiles: int = 2
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0

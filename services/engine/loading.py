@@ -14,6 +14,8 @@ from kvstore.layout import DTYPES, KVLayout
 
 from .attention import NAME, register
 from .config import EngineConfig
+from .cpu.gated import use_gated_mlps
+from .cpu.norms import use_row_norms
 from .cpu.products import use_row_products
 
 
@@ -66,6 +68,8 @@ def load(config: EngineConfig) -> Loaded:
         register()
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=NAME).to(config.device).eval()
         use_row_products(model, config.block_tokens)
+        use_row_norms(model)
+        use_gated_mlps(model)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except InvalidInputError as error:
         raise ConfigError(f"{path.name} cannot be served: {error}") from error

@@ -65,6 +65,13 @@ def warm_up(runner: Runner, vocab_size: int) -> None:
     kv.release()
 
 
+def one_row(runner: Runner) -> None:
+    """A step of one row."""
+    kv = LiveKV(runner.pool)
+    runner.prefill([PromptTile(kv, 0, [0])])
+    kv.release()
+
+
 def _one_by_one(runner: Runner, prompt: Sequence[int], kv: LiveKV, clock: Clock) -> tuple[list[torch.Tensor], float]:
     """Logits after each tile, and the rate of all tiles but the first, which pays for the warm-up."""
     logits, begin = [], 0.0

@@ -30,6 +30,7 @@ from .base import Delta, Engine, GenerateSpec, ModelInfo
 from .config import EngineConfig
 from .core import Core
 from .cpu import ROW_PRODUCTS
+from .cpu.products import join_siblings
 from .job import Job, Preempted, Prefix
 from .live import LiveKV, LivePool, affordable_tokens
 from .loading import Loaded, load
@@ -44,7 +45,7 @@ from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler
 from .seating import Seating
-from .shapes import find_shapes, pages_needed, warm_up
+from .shapes import find_shapes, one_row, pages_needed, warm_up
 from .textstream import TextStream
 from .warm import ready_codec
 from .writer import BlockWriter
@@ -119,13 +120,14 @@ class TransformersEngine(Engine):
             loaded = replace(loaded, context_window=min(loaded.context_window, room))
         runner = Runner(loaded.model, LivePool(loaded.layout, max(1, room // size), size, device))
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
-        tiles = {min(most, config.busy_prefill_tiles), most}
+        tiles = {min(most, config.busy_prefill_tiles), *(most >> halved for halved in range(most.bit_length()))}
         digest = fingerprint(Path(config.model))
         facts = machine(config.device) | {
             "model": digest, "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
             "batch": str(config.max_batch), "products": ROW_PRODUCTS,
         }  # fmt: skip
         probe = Runner(loaded.model, LivePool(loaded.layout, pages_needed(tiles, config.max_batch), size, device))
+        join_siblings(loaded.model, partial(one_row, probe))
         find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 from kvstore.layout import KVLayout
-from services.engine.cpu.products import RowLinear, use_row_products
+from services.engine.cpu.gated import GatedMLP, gated, use_gated_mlps
+from services.engine.cpu.norms import RowNorm, use_row_norms
+from services.engine.cpu.products import RowLinear, _Panels, join_siblings, use_row_products
 from services.engine.cpu.tokens import Batch, can_attend
 from services.engine.live import LiveKV, LivePool
 
@@ -40,8 +42,8 @@ def test_products_are_those_of_the_library_and_rows_are_alone(dtype, inputs, out
 def test_float32_weights_that_are_bfloat16_numbers_are_packed_as_such_and_change_no_bit():
     linear = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16).float()
     ours, full = RowLinear(linear, 64), RowLinear(linear, 64)
-    assert ours._packed.dtype == torch.bfloat16
-    full._packed = full._packed.float()
+    assert ours._panels.packed.dtype == torch.bfloat16
+    full._panels = _Panels(full._panels.packed.float(), 1)
     x = torch.randn(5, 64)
     assert torch.equal(ours(x), full(x))
 
@@ -58,6 +60,85 @@ def test_only_linear_layers_that_can_be_are_replaced():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8, dtype=torch.float16)), nn.Embedding(3, 8))
     use_row_products(model, 16)
     assert [type(m) for m in (model[0], model[1][0], model[2])] == [RowLinear, nn.Linear, nn.Embedding]
+
+
+def test_layers_that_get_the_same_rows_are_computed_together_and_keep_their_bits():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(40, 131), nn.Linear(40, 20, bias=False), nn.Linear(40, 40)
+            self.last = nn.Linear(40, 8)
+
+        def forward(self, x):
+            a, b, c = self.a(x), self.b(x), self.c(x)
+            return a, b, c, self.last(c + 1)
+
+    block = Block()
+    use_row_products(block, 16)
+    x, other = torch.randn(1, 5, 40), torch.randn(1, 5, 40)
+    apart = block(x), block(other)
+    join_siblings(block, lambda: block(x[:, :1]))
+    assert block.a._panels is block.b._panels is block.c._panels and block.last._panels.layers == 1
+    for given, want in zip((x, other), apart, strict=True):
+        assert all(map(torch.equal, block(given), want))
+    # Called in another order, or only one of them, each still answers for what it was given.
+    assert torch.equal(block.b(x), apart[0][1]) and torch.equal(block.c(other), apart[1][2])
+    assert torch.equal(block.a(other), apart[1][0]) and torch.equal(block.b(x), apart[0][1])
+    assert torch.equal(block.a(torch.randn(1, 20, 40)[:, :16].contiguous() * 0), block.a.bias.expand(1, 16, 131))
+
+
+@pytest.mark.parametrize("ones", [0.0, 1.0])
+def test_norms_are_those_of_the_model_and_rows_are_alone(ones):
+    class OddRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.rand(77)), 1e-6
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (ones + self.weight)
+
+    class OtherRMSNorm(OddRMSNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(OddRMSNorm(), OtherRMSNorm(), nn.LayerNorm(77))
+    norm, (_, *kept) = model[0], model
+    use_row_norms(model)
+    assert type(model[0]) is RowNorm and list(model)[1:] == kept
+    x = torch.randn(40, 77)
+    y = model[0](x)
+    torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6)
+    for start, stop in ((0, 1), (3, 17), (10, 40)):
+        assert torch.equal(model[0](x[start:stop]), y[start:stop])
+
+
+def test_activations_are_those_of_the_library_and_rows_are_alone():
+    wide = torch.cat([torch.randn(30, 40) * 8, torch.linspace(-150, 150, 40)[None]])
+    gate, up = wide[:, :33], torch.randn(31, 70)[:, 5:38]  # parts of wider rows, as joined layers give
+    y = gated(gate, up)
+    torch.testing.assert_close(y, functional.silu(gate) * up, rtol=1e-5, atol=1e-30)
+    for start, stop in ((0, 1), (3, 18), (9, 31)):
+        assert torch.equal(gated(gate[start:stop], up[start:stop]), y[start:stop])
+    assert gated(torch.tensor([[float("nan")]]), torch.ones(1, 1)).isnan()
+
+
+def test_only_modules_that_are_the_function_become_native():
+    class MLP(nn.Module):
+        def __init__(self, act, dtype=torch.float32):
+            super().__init__()
+            self.gate_proj, self.up_proj = (nn.Linear(24, 56, bias=False, dtype=dtype) for _ in range(2))
+            self.down_proj, self.act = nn.Linear(56, 24, bias=False, dtype=dtype), act
+
+        def forward(self, x):
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+    model = nn.Sequential(MLP(functional.silu), MLP(functional.gelu), MLP(functional.silu, torch.bfloat16))
+    use_row_products(model, 16)
+    x = torch.randn(1, 5, 24)
+    want = model[0](x)
+    use_gated_mlps(model)
+    assert [type(mlp) for mlp in model] == [GatedMLP, MLP, MLP]
+    torch.testing.assert_close(model[0](x), want, rtol=1e-5, atol=1e-6)
 
 
 def caches(layout: KVLayout, lengths: list[int]) -> list[LiveKV]:
