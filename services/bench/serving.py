@@ -158,7 +158,7 @@ def _vllm(result: Result, model: Any, python: str | None, batches: tuple[int, ..
     """The same requests through vLLM, where there is one."""
     from .vllm_child import measure
 
-    found = measure(model, python, batches, PROMPT_TOKENS, new)
+    found = measure(model, python, batches, PROMPT_TOKENS, new, result.configuration["dtype"])
     result.configuration["vllm"] = found.get("version") or found["absent"]
     log(f"bench: vLLM {result.configuration['vllm']}")
     for row in found.get("rows", []):

@@ -72,7 +72,10 @@ def run(args: argparse.Namespace) -> Result:
     rounds = args.rounds or (3 if args.quick else 5)
     profile = find(model, args.profile)
     chosen = args.codec or ([MAIN, "transform"] if args.quick else names())
-    chosen = [MAIN, *(c for c in chosen if c != MAIN and (profile or not codec_class(c).uses_profile))]
+    without = [] if profile else [c for c in chosen if codec_class(c).uses_profile]
+    if without:
+        log(f"bench: no profile of {model.name} here, so without {', '.join(without)}; make one with `concertina calibrate`")
+    chosen = [MAIN, *(c for c in chosen if c not in (MAIN, *without))]
     configuration = {
         "model": model.name, "lengths_tokens": lengths, "rounds": rounds, "codecs": chosen, "transform_ratio": TRANSFORM_RATIO,
         "profile": profile.digest.hex()[:16] if profile else None, "nodes": 2, "arena_bytes": ARENA_BYTES, "paths": PATHS,

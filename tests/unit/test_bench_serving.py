@@ -34,8 +34,8 @@ def test_decode_counts_from_the_moment_when_all_have_begun():
 
 
 def test_without_vllm_it_says_so():
-    assert "not installed" in measure("model", None, (1,), 8, 2)["absent"]
-    assert "did not run" in measure("model", "/nonexistent", (1,), 8, 2)["absent"]
+    assert "not installed" in measure("model", None, (1,), 8, 2, "float32")["absent"]
+    assert "did not run" in measure("model", "/nonexistent", (1,), 8, 2, "float32")["absent"]
 
 
 def made(cold: dict[int, float], warm: dict[int, float]) -> Result:
