@@ -15,6 +15,8 @@ import yaml
 from helm_python import chart as helm
 from ray.serve.schema import ServeDeploySchema
 
+from services.worker.private_ray import ENVIRONMENT, THREADS
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "chart"
 #: The `spec` of KubeRay's CRD RayService v1, without its descriptions.
@@ -98,6 +100,17 @@ def pod_templates(objects: list[dict]) -> list[dict]:
     cluster = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]
     ours = [doc["spec"] for doc in objects if doc["kind"] in ("StatefulSet", "Deployment")]
     return [owner["template"] for owner in (*ours, cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_ray_runs_as_under_up(objects):
+    """Serve's settings, the workers' priority and how threads wait are the same in the cluster and in one's own Ray."""
+    wanted = {k: v for k, v in (ENVIRONMENT | THREADS).items() if k.startswith(("RAY_SERVE_", "RAY_worker_niceness", "OMP_"))}
+    assert wanted
+    cluster = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            env = {entry["name"]: entry.get("value") for entry in container["env"]}
+            assert wanted.items() <= env.items()
 
 
 def test_objects_are_valid(objects, ray_service):

@@ -42,8 +42,16 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{/* What concertina up sets as well; services/worker/private_ray.py says why. */}}
 {{- define "concertina.rayEnv" -}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: RAY_worker_niceness, value: "0"}
+- {name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, value: "16777216"}
+- {name: RAY_SERVE_PROXY_USE_GRPC, value: "1"}
+- {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
+- {name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, value: "0"}
+- {name: RAY_SERVE_METRICS_EXPORT_INTERVAL_MS, value: "1000"}
+- {name: OMP_WAIT_POLICY, value: PASSIVE}
 - {name: XDG_CACHE_HOME, value: /cache}
 {{- end }}
 
