@@ -120,7 +120,7 @@ class BlockHeader:
 
     def truncate(self, fidelity: int) -> BlockHeader:
         """This header with only layers 1 … `fidelity` present. Raises InvalidInputError if they are not."""
-        if not 1 <= fidelity <= self.present:
+        if not isinstance(fidelity, int) or not 1 <= fidelity <= self.present:
             raise InvalidInputError(f"fidelity {fidelity} is not among those present (1 … {self.present})")
         return replace(self, present=fidelity)
 

@@ -10,10 +10,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from crc32c import crc32c
 
 from kvstore import door
 from kvstore.block import BlockHeader, EncodedBlock
@@ -21,12 +20,11 @@ from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
+from .assemble import Assembly
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
 from .staging import Stage
 
-#: Bytes copied and then checked while the processor's cache still holds them.
-PIECE_BYTES = 512 << 10
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
@@ -155,33 +153,25 @@ class Door(Line):
                 header = BlockHeader.from_bytes(header_bytes)
                 if not accept(number, header):
                     break
-                copied.append((number, self._copy(header, iter(runs), memory)))
+                copied.append((number, self._copy(header, runs, memory)))
         except CorruptBlockError as error:
             return copied, str(error)
         return copied, ""
 
-    def _copy(self, header: BlockHeader, runs: Iterator[tuple[int, int]], memory: Carver) -> EncodedBlock:
+    def _copy(self, header: BlockHeader, runs: Iterable[tuple[int, int]], memory: Carver) -> EncodedBlock:
         """One block out of the arena, every layer's CRC compared."""
-        size_bytes = header.payload_bytes
-        if not size_bytes:
+        if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        arena, view = self.arena, memory.take(size_bytes)
-        whole, at, parts = np.frombuffer(view, np.uint8), 0, []
-        for number, row in enumerate(header.rows[: header.present], 1):
-            start, crc = at, 0
-            while at - start < row.size_bytes:
-                offset, left = next(runs, (0, 0))
-                if not left or at - start + left > row.size_bytes or offset + left > len(arena):
-                    raise CorruptBlockError("a plan of the door does not fit its block")
-                while left:
-                    size = min(left, PIECE_BYTES)
-                    whole[at : at + size] = arena[offset : offset + size]
-                    crc = crc32c(view[at : at + size], crc)
-                    at, offset, left = at + size, offset + size, left - size
-            if crc != row.crc32c:
-                raise CorruptBlockError(f"the CRC-32C of fidelity layer {number} does not match")
-            parts.append(view[start:at])
-        return EncodedBlock(header, tuple(parts))
+        assembly = Assembly(header, memory.take(header.payload_bytes))
+        for offset, size_bytes in runs:
+            if offset + size_bytes > len(self.arena):
+                raise CorruptBlockError("a plan of the door does not fit its arena")
+            piece = memoryview(self.arena[offset : offset + size_bytes])
+            assembly.expect(piece)
+            assembly.add(piece)
+        if assembly.left:
+            raise CorruptBlockError("a plan of the door does not fit its block")
+        return assembly.block()
 
     # ---- over the connection
 

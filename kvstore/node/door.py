@@ -14,6 +14,7 @@ from kvstore.arena import CpuArena
 from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
+from kvstore.eviction.base import Request
 
 from .config import NodeConfig
 from .handlers.base import Service
@@ -204,22 +205,24 @@ class Guest:
         size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
         socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 
-    def _look(self, body: memoryview) -> tuple[list[Found | None], int]:
+    def _look(self, body: memoryview) -> tuple[list[Found | None], int, Request]:
         (tokens,) = door.NUMBER.unpack_from(body)
         engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
-        plan, lease = engine.plan_get(ids, 0, engine.reading(ids, tokens))
+        request = engine.reading(ids, tokens)
+        plan, lease = engine.plan_get(ids, 0)
         spill = self._service.spill
         # What a tier has more of is for a Get call, which reads it there.
         plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
-        return plan, lease
+        return plan, lease, request
 
     async def _plan(self, body: memoryview) -> None:
         if len(self._plans) >= MAX_PLANS:
             raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
-        plan, lease = self._look(body)
+        plan, lease, request = self._look(body)
         self._number += 1
         self._plans[self._number] = plan, lease
         await self._send(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
+        self._service.engine.used(plan, request)  # while the guest copies
 
     def _described(self, found: Found | None) -> bytes:
         """The header of a block and where in the arena its payload lies, as PLANNED says it."""
@@ -241,7 +244,7 @@ class Guest:
         engine.release(lease)
 
     async def _get(self, body: memoryview) -> None:
-        plan, lease = self._look(body)
+        plan, lease, request = self._look(body)
         try:
             for found in plan:
                 if found is None or not self._service.engine.intact(found):
@@ -250,6 +253,7 @@ class Guest:
                     await self._stream(found)
             await self._flush()
         finally:
+            self._service.engine.used(plan, request)
             self._service.engine.release(lease)
 
     async def _stream(self, found: Found) -> None:

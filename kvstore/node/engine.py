@@ -5,7 +5,7 @@ calls, and that `check` verifies: used + reserved + free pages = pages of the ar
 
 Life of a put: `reserve` makes room and takes pages, the server writes and verifies them, `commit` makes the block visible or `abort`
 gives the pages back. Life of a get: `plan_get` leases what is there, the server copies and asks `intact` after each copy whether the
-bytes were still the block's, `release` ends the lease.
+bytes were still the block's, `used` tells the policy, `release` ends the lease.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plans import Found, Overflow, Reservation, Tally, check_keys
 from .quality import is_better
 from .requests import Requests
 from .status import Status
-from .table import BlockTable, Entry, block_id, pages_of
+from .table import BlockTable, Entry, block_id, layer_pages
 
 #: Reasons for dropping a block that its owner gave: no tier keeps it. A replaced block has its better one in the arena.
 UNWANTED, REPLACED = ("request", "clear"), "replaced"
@@ -109,7 +109,7 @@ class NodeEngine:
                 return Status.ALREADY_EXISTS
             if resident.holds:
                 return Status.BUSY
-        needs = [pages_of(row.size_bytes, self.config.page_bytes) for row in header.rows[: header.present]]
+        needs = layer_pages(header, self.config.page_bytes)
         total = sum(needs)
         if not total:
             return Status.DATA_LOSS  # costs no page, so their number would have no bound
@@ -147,7 +147,7 @@ class NodeEngine:
 
     def can_wait(self, header: BlockHeader) -> bool:
         """Whether room for this block would be taken from nobody, so that those written before it may be committed with it."""
-        pages = sum(pages_of(row.size_bytes, self.config.page_bytes) for row in header.rows[: header.present])
+        pages = sum(layer_pages(header, self.config.page_bytes))
         few = 8 * (self.reserved_pages + pages) <= self.allocator.pages
         return few and pages <= self.allocator.free_pages and not self.admission.quotas.limits
 
@@ -185,16 +185,18 @@ class NodeEngine:
         if not 0 <= lease_s <= MAX_LEASE_S:
             raise InvalidInputError(f"a lease lasts at most {MAX_LEASE_S:.0f} s, not {lease_s}")
         entries = [self.table.get(key) for key in keys]
-        lease = self._lease([e for e in entries if e is not None], lease_s) if lease_s else 0
-        return entries, lease
+        return entries, self._lease([e for e in entries if e is not None], lease_s) if lease_s else 0
 
-    def plan_get(self, keys: Sequence[bytes], max_fidelity: int, request: Request) -> tuple[list[Found | None], int]:
-        """What a Get will send, block by block, and the lease that holds it; both count as a use."""
+    def plan_get(self, keys: Sequence[bytes], max_fidelity: int) -> tuple[list[Found | None], int]:
+        """What a Get will send, block by block, and the lease that holds it. Call `used` when the reader has what it waits for."""
         entries, lease = self.lookup(keys, self.config.get_hold_s)
-        self._touch([e for e in entries if e is not None], request)
         for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
             self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
         return [e and Found.of(e, max_fidelity) for e in entries], lease
+
+    def used(self, plan: Sequence[Found | None], request: Request) -> None:
+        """Count a read of what a plan found as a use, of those blocks that are still here."""
+        self._touch([found.entry for found in plan if found is not None and self.table.get(found.entry.id) is found.entry], request)
 
     def intact(self, found: Found) -> bool:
         """Whether bytes copied until now from `found` are the block's."""
@@ -285,14 +287,13 @@ class NodeEngine:
         if entries:
             once = sorted(dict.fromkeys(entries), key=lambda entry: entry.header.start)
             for entry in once:
-                entry.last_use = request.now
+                entry.last_use = max(entry.last_use, request.now)
             self.requests.used(request, [entry.id for entry in once])
             self.policy.access(request, [entry.info for entry in once])
 
     def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
-        page_bytes = self.config.page_bytes
         self.expire()
-        lease, keys = self.leases.grant([(e.id, e.pages * page_bytes) for e in entries], self.clock.now() + lease_s)
+        lease, keys = self.leases.grant([(e.id, e.pages * self.config.page_bytes) for e in entries], self.clock.now() + lease_s)
         for entry, _ in zip(entries, keys, strict=False):
             self._hold(entry)
         return lease
@@ -394,7 +395,6 @@ class NodeEngine:
 
     def _release_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            entry = self.table.get(key)
-            if entry is None:
+            if (entry := self.table.get(key)) is None:
                 raise AccountingError("a held block is not resident")
             self._release(entry)

@@ -22,6 +22,7 @@ from kvstore.arena import (
     give_freed_memory_back,
     host_identity,
     keep_freed_memory,
+    settle_objects,
 )
 from kvstore.clock import Clock, SystemClock
 from kvstore.credentials import Credentials
@@ -260,6 +261,7 @@ async def _run(config: NodeConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await node.start()
+    settle_objects()
     record = node.record
     ready = {"ready": True, "id": record.id, "address": record.address, "metrics": record.metrics, "door": record.door}
     print(json.dumps(ready | {"incarnation": record.incarnation, "pid": record.pid, "device": record.device}), flush=True)

@@ -20,6 +20,11 @@ def pages_of(size_bytes: int, page_bytes: int) -> int:
     return -(-size_bytes // page_bytes)
 
 
+def layer_pages(header: BlockHeader, page_bytes: int) -> list[int]:
+    """Whole pages for each present layer."""
+    return [pages_of(row.size_bytes, page_bytes) for row in header.rows[: header.present]]
+
+
 def block_id(owner: str, key: bytes) -> bytes:
     """The name of a block inside a node: its key, or for an owner with a credential a digest of both.
 

@@ -24,6 +24,7 @@ from ray.util import get_node_ip_address
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvstore.arena import settle_objects
 from kvstore.clock import SystemClock
 from kvstore.errors import CapacityError
 from kvstore.metadata import WorkerRecord, connect
@@ -107,6 +108,7 @@ class Worker:
             record = self._record(args)
             self._presence = Presence(connect(args.redis), lambda: replace(record, codec=self._engine.info.codec), self._metrics)
             await self._presence.start()
+        settle_objects()
         log.info("worker of %s is ready", self._engine.info.model)
 
     async def __del__(self) -> None:

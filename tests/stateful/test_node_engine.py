@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
 from kvstore.arena import PageAllocator
 from kvstore.block import BlockHeader, Distortion, Provenance
@@ -98,6 +98,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.pins: dict[bytes, float] = {}
         self.held: dict[int, tuple[float, list[bytes]]] = {}
         self.readers: list[tuple[Found, int]] = []
+        self.unused: list[list[Found | None]] = []
         self.tokens = iter(range(1, 10**9))
 
     # ---- writers
@@ -157,7 +158,7 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(numbers=st.lists(KEYS, min_size=1, max_size=3), fidelity=st.integers(0, 3), done=st.booleans())
     def get(self, numbers: list[int], fidelity: int, done: bool) -> None:
         keys = [key_of(n) for n in numbers]
-        plan, lease = self.engine.plan_get(keys, fidelity, self.engine.request())
+        plan, lease = self.engine.plan_get(keys, fidelity)
         for key, found in zip(keys, plan, strict=True):
             assert (found is None) == (key not in self.model), "a get returns exactly what was put and not dropped"
             if found is not None:
@@ -165,9 +166,17 @@ class NodeMachine(RuleBasedStateMachine):
                 assert found.header == known.header.truncate(min(fidelity or 3, known.header.present))
                 self.readers.append((found, known.token))
         if done:
+            self.engine.used(plan, self.engine.request())
             self.engine.release(lease)
         else:
+            self.unused.append(plan)
             self.remember_lease(lease, keys, CONFIG.get_hold_s)
+
+    @precondition(lambda self: self.unused)
+    @rule()
+    def use_late(self) -> None:
+        """A reader is done whose blocks may have been dropped, or replaced, meanwhile."""
+        self.engine.used(self.unused.pop(0), self.engine.request())
 
     @rule(target=leases, numbers=st.lists(KEYS, min_size=1, max_size=4), seconds=st.integers(1, 20))
     def lookup(self, numbers: list[int], seconds: int):
@@ -344,7 +353,7 @@ def test_a_block_that_a_reader_took_while_a_better_one_was_written_stays(engine:
     worse, better = block(0, (600,), error=0.4), block(0, (600, 600), error=0.1)
     assert store(engine, worse.header) is Status.OK
     reservation = engine.reserve(better.header, engine.request())
-    (found,), lease = engine.plan_get([worse.header.key], 0, engine.request())
+    (found,), lease = engine.plan_get([worse.header.key], 0)
     assert engine.commit(reservation) is Status.BUSY
     assert engine.intact(found)
     engine.release(lease)
@@ -358,7 +367,8 @@ def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: st
     engine = NodeEngine(CONFIG, ManualClock(), create(policy), PageAllocator(PAGES))
     one = block(0, (PAGE * 3,)).header
     assert store(engine, one) is Status.OK
-    _, lease = engine.plan_get([one.key] * 8, 0, engine.request())
+    plan, lease = engine.plan_get([one.key] * 8, 0)
+    engine.used(plan, engine.request())
     engine.release(lease)
     assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
     assert engine.table.get(one.key) is None

@@ -34,13 +34,15 @@ class Get(Handler):
         asked = self.parse(request)
         engine = self.service.engine
         ids = self.service.ids(self.service.caller(context), asked.keys)
-        plan, lease = engine.plan_get(ids, asked.max_fidelity, engine.reading(ids, asked.input_tokens))
+        use = engine.reading(ids, asked.input_tokens)
+        plan, lease = engine.plan_get(ids, asked.max_fidelity)
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
                 await self._send(index, ids[index], found, asked.max_fidelity, outgoing)
             await outgoing.flush()
         finally:
+            engine.used(plan, use)
             engine.release(lease)
 
     async def _send(self, index: int, id: bytes, found: Found | None, max_fidelity: int, outgoing: Outgoing) -> None:

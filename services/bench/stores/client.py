@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from kvstore.arena import keep_freed_memory
+from kvstore.arena import keep_freed_memory, settle_objects
 
 from . import store_class
 from .base import Store, Values
@@ -27,6 +27,7 @@ def main(setup: dict[str, Any]) -> None:
     keep_freed_memory()
     values = Values(setup["count"], setup["size_bytes"], setup["client"])
     stores: dict[str, Store] = {name: store_class(name)(values, setup["where"]) for name in setup["stores"]}
+    settle_objects()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         operation, name = line.split()

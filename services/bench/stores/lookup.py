@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvstore.arena import settle_objects
 from kvstore.client import ClientConfig, KvClient
 from kvstore.errors import TransportError
 from kvstore.identity import block_keys
@@ -43,6 +44,7 @@ async def _measure(redis_url: str, index_blocks: int, lengths: Sequence[int], ca
             await metadata.heartbeat(node, _TTL_S)
         keys = await _fill(metadata, index_blocks, max(lengths))
         await client.start()
+        settle_objects()  # as workers do
         samples: dict[str, list[float]] = {f"lookup_{length}_s": [] for length in lengths} | {"redis_ping_s": []}
         rng = np.random.default_rng(0)
         for number in range(-1, calls):
