@@ -1,6 +1,6 @@
 """K, V and gradients of a causal LM, window by window.
 
-A window's first three quarters are the prefix, the rest its continuation, as in use: the prefix is computed once and cached, and errors
+A window's first seven eighths are the prefix, the rest its continuation, as in use: the prefix is computed once and cached, and errors
 in the cache harm what comes after. The gradient is that of log p(y) with respect to the cached K and V, with y *sampled* from the model
 at every position of the continuation: its second moment is the Fisher information of the cache, and not the "empirical" one of the
 text's own tokens.
@@ -19,7 +19,7 @@ from kvstore.errors import InvalidInputError
 
 #: Tokens a window, for models whose context is not shorter, and the share of it that is the continuation.
 WINDOW = 1024
-CONTINUED_SHARE = 4
+CONTINUED_SHARE = 8
 #: Every so manieth window has gradients: they cost as much again, and heads' sensitivities need fewer texts than a basis does.
 GRADIENTS_EVERY = 2
 
