@@ -18,7 +18,7 @@ from .frames import GetFrame, parse_get
 #: `BlockStatus.BLOCK_STATUS_OK`
 OK = 1
 #: Bytes copied and then checked while the processor's cache still holds them.
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20
 
 
 class BlockReader:
