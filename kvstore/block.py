@@ -143,7 +143,7 @@ class BlockHeader:
         CorruptBlockError
             For anything but a header that `to_bytes` could have written.
         """
-        view = memoryview(blob).cast("B")
+        view = _bytes(blob)
         if len(view) < _ROWS_AT:
             raise CorruptBlockError(f"{len(view)} bytes are too few for a block header")
         magic, version, size, crc = _PREFIX.unpack_from(view)
@@ -229,14 +229,16 @@ class EncodedBlock:
         ------
         CorruptBlockError
             For any bytes that are not exactly one intact block; in time and memory bounded by ``len(blob)``.
+        InvalidInputError
+            For what is no bytes.
         """
         header = BlockHeader.from_bytes(blob)
-        return cls.verify(header, memoryview(blob).cast("B")[header.header_bytes :])
+        return cls.verify(header, _bytes(blob)[header.header_bytes :])
 
     @classmethod
     def verify(cls, header: BlockHeader, payload: Buffer) -> EncodedBlock:
         """Check `payload` (all present layers, base first) against a verified header."""
-        view = memoryview(payload).cast("B")
+        view = _bytes(payload)
         if len(view) != header.payload_bytes:
             raise CorruptBlockError(f"the payload has {len(view)} bytes, the header says {header.payload_bytes}")
         parts, at = [], 0
@@ -247,3 +249,11 @@ class EncodedBlock:
             parts.append(part)
             at += row.size_bytes
         return cls(header, tuple(parts))
+
+
+def _bytes(blob: Buffer) -> memoryview:
+    """`blob` as bytes. Raises InvalidInputError for what has none in a row."""
+    try:
+        return memoryview(blob).cast("B")
+    except TypeError as error:
+        raise InvalidInputError(f"a block is read from bytes, not from {type(blob).__name__}") from error

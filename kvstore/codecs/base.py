@@ -311,6 +311,8 @@ class Codec(ABC):
         return Stored(head.start, head.tokens, layers)
 
     def _checked_out(self, x: torch.Tensor, shape: tuple[int, ...], single: bool) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise InvalidInputError(f"out must be two tensors, not {type(x).__name__}")
         x = x[None] if single and x.ndim == 4 else x
         if tuple(x.shape) != shape or x.dtype != self.layout.dtype or x.stride(-1) != 1:
             raise InvalidInputError(

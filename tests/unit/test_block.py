@@ -96,3 +96,15 @@ def test_digests_are_never_cut():
 def test_provenance_knows_exactness():
     assert Provenance().exact and not Provenance(1, Distortion(0.0, 1e-9)).exact
     assert replace(make(b"a").header, provenance=Provenance(1, Distortion(0.0, 1e-9))).provenance.fidelity == 1
+
+
+@pytest.mark.parametrize("blob", [None, 3, "text", [1, 2]])
+def test_what_is_no_bytes_is_refused_by_name(blob):
+    with pytest.raises(InvalidInputError, match=type(blob).__name__):
+        EncodedBlock.from_bytes(blob)
+
+
+@pytest.mark.parametrize("fidelity", ["x", None, 1.5, 0, 3])
+def test_a_fidelity_that_is_none_is_refused(fidelity):
+    with pytest.raises(InvalidInputError, match="fidelity"):
+        make(b"a", b"b").truncate(fidelity)
