@@ -90,7 +90,8 @@ class Lookup:
             if not copies:
                 break
             # Among equally good copies the key decides, so that a chain with copies is read from all nodes.
-            hits.append(Hit(key, *copies[key[-1] % len(copies)]))
+            node, size_bytes, fidelity, count = copies[key[-1] % len(copies)] if len(copies) > 1 else copies[0]
+            hits.append(Hit(key, node, size_bytes, fidelity, count))
         return hits
 
     def _tidy(self, keys: Sequence[bytes], found: Sequence[tuple[Location, ...]], strangers: set[str]) -> None:

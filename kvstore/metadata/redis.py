@@ -45,10 +45,10 @@ from .base import (
     check_value,
     newest_by_place,
 )
-from .resp import Endpoint, pack
+from .resp import Endpoint, Rows, pack
 from .shards import Shards
 
-BUCKET_BITS = 17
+BUCKET_BITS, BUCKET_DIGITS = 17, 5
 #: Blocks announced or withdrawn in one round trip, and looked up in one.
 WRITE_BATCH = 512
 READ_BATCH = 8192
@@ -56,6 +56,7 @@ READ_BATCH = 8192
 SCRIPT_FIELDS = 64
 MAX_RECORD_BYTES = 8192
 
+_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _HOLDER = struct.Struct("<8sIB")
 _PLACE = struct.Struct("<IB")
 
@@ -125,9 +126,9 @@ class RedisMetadata(Metadata):
         self._prefix = prefix.encode()
         scripts = [pack("SCRIPT", "LOAD", text) for text in (_ANNOUNCE, _WITHDRAW)]
         self.shards = Shards(Endpoint.from_url(url), timeout_s, scripts)
-        # HGET of a bucket as literal bytes: formatting beats packing words several times, and a lookup does it thousands of times.
-        bucket = b"%s:b:%05x" % (self._prefix, 0)
-        self._hget = b"*3\r\n$4\r\nHGET\r\n$%d\r\n%s:b:%%05x\r\n$32\r\n%%b\r\n" % (len(bucket), self._prefix.replace(b"%", b"%%"))
+        bucket = self._bucket_name(0)
+        self._hget = pack("HGET", bucket, bytes(DIGEST_BYTES))
+        self._digits_at = self._hget.index(bucket) + len(bucket) - BUCKET_DIGITS
 
     async def announce(self, incarnation: str, entries: Sequence[IndexEntry]) -> None:
         own = check_incarnation(incarnation)
@@ -165,14 +166,22 @@ class RedisMetadata(Metadata):
         known: dict[bytes, tuple[Location, ...]] = {}
         clustered = bool(await self.shards.primaries())
         for batch in _batches(keys, READ_BATCH):
-            buckets = np.frombuffer(b"".join(batch), ">u4")[:: DIGEST_BYTES // 4] >> (32 - BUCKET_BITS)
-            commands = [self._hget % pair for pair in zip(buckets.tolist(), batch, strict=True)]
-            for value in await self.shards.run(commands, [self._bucket(key) for key in batch] if clustered else ()):
+            for value in await self.shards.run(self._lookups(batch), [self._bucket(key) for key in batch] if clustered else ()):
                 places = known.get(value) if isinstance(value, bytes) else ()
                 if places is None:  # blocks of one size on one node have equal values: most are unpacked once
                     places = known[value] = _locations(value)
                 found.append(places)
         return found
+
+    def _lookups(self, keys: Sequence[bytes]) -> Rows:
+        """HGET of each key in its bucket. They differ in five digits and the key: written as columns, ten times as fast as one by one."""
+        fields = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
+        rows = np.tile(np.frombuffer(self._hget, np.uint8), (len(fields), 1))
+        rows[:, -DIGEST_BYTES - 2 : -2] = fields
+        buckets = fields[:, :4].copy().view(">u4")[:, 0] >> (32 - BUCKET_BITS)
+        for place in range(BUCKET_DIGITS):
+            rows[:, self._digits_at + place] = _HEX[buckets >> 4 * (BUCKET_DIGITS - 1 - place) & 15]
+        return Rows(rows)
 
     async def scan(self, cursor: int, limit: int) -> tuple[list[tuple[bytes, tuple[Location, ...]]], int]:
         stop = min(cursor + limit, 1 << BUCKET_BITS)

@@ -16,7 +16,7 @@ from redis.crc import key_slot
 
 from kvstore.errors import ConcertinaError, TransportError
 
-from .resp import Endpoint, RespConnection, error_of_exception, error_of_reply, open_connection, pack
+from .resp import Endpoint, RespConnection, Rows, error_of_exception, error_of_reply, open_connection, pack
 
 SLOTS = 16_384
 _ASKING = pack("ASKING")
@@ -102,7 +102,8 @@ class Shards:
         used.add(member)
         connection = await self._connection(member)
         self.round_trips += 1
-        return await connection.submit(b"".join(commands), len(commands))
+        packed = commands.joined() if isinstance(commands, Rows) else b"".join(commands)
+        return await connection.submit(packed, len(commands))
 
     async def _scatter(self, commands: Sequence[bytes], keys: Sequence[bytes], which: Sequence[int], used: set[Endpoint]) -> list[Any]:
         """Send the commands numbered `which` to the owners of their keys, all at once; replies in the order of `which`."""
