@@ -28,8 +28,8 @@ from .staging import Stage
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
-#: Blocks are sent together up to here.
-SENT_BYTES = 1 << 20
+#: Blocks are sent together, and handed on together, up to here.
+SENT_BYTES, TAKEN_BYTES = 1 << 20, 1 << 20
 OK = 1
 _PEER = struct.Struct("3i")
 
@@ -177,26 +177,35 @@ class Door(Line):
 
     def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         self.send([door.message(Kind.GET, tokens, *keys)])
-        for number in range(len(keys)):
-            answer = self.receive(Kind.BLOCK)
-            if not answer or answer[0] != OK:
-                return self._leave(number)
-            header = BlockHeader.from_bytes(answer[1:])
-            if not accept(number, header):
-                return self._leave(number)
-            payload = memory.take(header.payload_bytes)
-            self.fill(payload)
-            mark = memoryview(bytearray(1))
-            self.fill(mark)
-            if mark != door.INTACT:
-                return self._leave(number)
-            take([(number, EncodedBlock.verify(header, payload))])
-        return len(keys)
+        came: list[tuple[int, EncodedBlock]] = []  # to wake the caller for each small block costs more than its bytes
+        try:
+            for number in range(len(keys)):
+                block = self._read_block(number, accept, memory)
+                if block is None:
+                    self.close()  # what is still to come on it is not wanted
+                    return number
+                came.append((number, block))
+                if sum(block.header.payload_bytes for _, block in came) >= TAKEN_BYTES:
+                    take(came)
+                    came = []
+            return len(keys)
+        finally:
+            if came:
+                take(came)
 
-    def _leave(self, number: int) -> int:
-        """Close the connection: what is still to come on it is not wanted."""
-        self.close()
-        return number
+    def _read_block(self, number: int, accept: Accept, memory: Carver) -> EncodedBlock | None:
+        """The next block of a stream; None where it is not there, not accepted, or was lost on the way."""
+        answer = self.receive(Kind.BLOCK)
+        if not answer or answer[0] != OK:
+            return None
+        header = BlockHeader.from_bytes(answer[1:])
+        if not accept(number, header):
+            return None
+        payload = memory.take(header.payload_bytes)
+        self.fill(payload)
+        mark = memoryview(bytearray(1))
+        self.fill(mark)
+        return EncodedBlock.verify(header, payload) if mark == door.INTACT else None
 
 
 def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Door:

@@ -16,7 +16,7 @@ from kvstore.door import Kind
 from kvstore.errors import TransportError
 
 #: Messages are received together up to here.
-RECEIVED_BYTES = 64 << 10
+RECEIVED_BYTES = 256 << 10
 MAX_IOV = 512
 MAPPED_AT_ONCE_BYTES = 4 << 30
 _TIME = struct.Struct("@qq")  # seconds, microseconds
