@@ -1,7 +1,8 @@
 """Which pages of the live cache are free, and how many hold on to each. No tensors.
 
 Pages are numbered. A request's pages lie in a row where there is room, because a run of them can be read without gathering; so a new
-request starts in the middle of the widest gap, where both it and its neighbour can grow.
+request starts in a gap where both it and its neighbour can grow. It is the first such gap, not the widest: memory becomes the
+process's own when it is first written to, and stays.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import threading
 from collections.abc import Callable, Iterable
 
 from kvstore.errors import CapacityError
+
+#: Pages left between two requests, at least, where that can be.
+ROOM = 8
 
 
 class Pages:
@@ -77,7 +81,7 @@ class Pages:
     def _take(self, count: int, after: int | None) -> list[int]:
         if count > self._free:
             raise CapacityError(f"{count} pages of live cache are needed and {self._free} of {self.total} are free")
-        found = self._behind(after, count) or self._in_widest_gap(count) or self._anywhere(count)
+        found = self._behind(after, count) or self._in_gap(count) or self._anywhere(count)
         for page in found:
             self._holders[page] = 1
         self._free -= count
@@ -98,18 +102,21 @@ class Pages:
         start = self.total if after is None else after + 1
         return list(range(start, start + count)) if self._holders[start : start + count] == [0] * count else []
 
-    def _in_widest_gap(self, count: int) -> list[int]:
-        best_start, best_length, start = 0, 0, None
+    def _in_gap(self, count: int) -> list[int]:
+        """A run in the first gap that leaves as much room again on either side, else in the middle of the widest."""
+        best_start, best_length, start, room = 0, 0, None, max(count, ROOM)
         for page, holders in enumerate([*self._holders, 1]):
             if holders and start is not None:
                 if page - start > best_length:
                     best_start, best_length = start, page - start
+                if best_length >= count + 2 * room:
+                    break
                 start = None
             elif not holders and start is None:
                 start = page
         if best_length < count:
             return []
-        start = best_start + min(best_length // 2, best_length - count) if best_start else 0
+        start = best_start + min(room, best_length // 2, best_length - count) if best_start else 0
         return list(range(start, start + count))
 
     def _anywhere(self, count: int) -> list[int]:
