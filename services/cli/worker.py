@@ -142,13 +142,14 @@ def _start(arguments: WorkerArgs, grpc: str, http: str) -> None:
     """Start Serve and the application in the Ray that runs, and wait until it answers at both addresses (``host:port``)."""
     from ray import serve
 
-    from services.worker.app import SERVICER_FUNCTIONS
+    from services.worker.app import LOGGING, SERVICER_FUNCTIONS
     from services.worker.listen import GrpcListen
 
     (host, port), (http_host, http_port) = (_split(address) for address in (grpc, http))
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": http_host, "port": http_port},
+        logging_config=LOGGING,
         grpc_options=GrpcListen(host=host, port=port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
     )
     _deploy(arguments)

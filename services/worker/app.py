@@ -45,6 +45,8 @@ from services.worker.tenants import Tenants
 SERVICER_FUNCTIONS = ("services.worker.proxy.add_services",)
 #: Share of a core that a replica reserves. The model uses what the machine has; a whole core each would keep replicas from starting.
 REPLICA_CPUS = 0.2
+#: Requests are counted, not written down one by one: a line in two processes each takes longer than a message between them.
+LOGGING = {"enable_access_log": False}
 HEALTH_WATCH_S = 5.0
 MAX_WATCHERS = 8
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ def _replicas(args: WorkerArgs) -> dict[str, Any]:
     graceful_shutdown_wait_loop_s=0.5,
     health_check_period_s=5,
     request_router_config=RequestRouterConfig(request_router_class="services.worker.router.PrefixRouter"),
+    logging_config=LOGGING,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_S["RESOURCE_EXHAUSTED"]),
 )
 class Worker:
