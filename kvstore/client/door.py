@@ -29,7 +29,7 @@ from .staging import Stage
 FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
 #: Blocks are sent together, and handed on together, up to here.
-SENT_BYTES, TAKEN_BYTES = 1 << 20, 1 << 20
+TOGETHER_BYTES = 1 << 20
 OK = 1
 _PEER = struct.Struct("3i")
 
@@ -97,7 +97,7 @@ class Door(Line):
         for block, tokens in blocks:
             parts += (door.message(Kind.PUT, door.NUMBER.pack(tokens), block.header.to_bytes()), *block.payload)
             size += block.header.payload_bytes
-            if size >= SENT_BYTES:
+            if size >= TOGETHER_BYTES:
                 self.send(parts)
                 parts, size = [], 0
         self.send([*parts, door.message(Kind.END)])
@@ -178,6 +178,7 @@ class Door(Line):
     def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         self.send([door.message(Kind.GET, tokens, *keys)])
         came: list[tuple[int, EncodedBlock]] = []  # to wake the caller for each small block costs more than its bytes
+        size = 0
         try:
             for number in range(len(keys)):
                 block = self._read_block(number, accept, memory)
@@ -185,9 +186,10 @@ class Door(Line):
                     self.close()  # what is still to come on it is not wanted
                     return number
                 came.append((number, block))
-                if sum(block.header.payload_bytes for _, block in came) >= TAKEN_BYTES:
+                size += block.header.payload_bytes
+                if size >= TOGETHER_BYTES:
                     take(came)
-                    came = []
+                    came, size = [], 0
             return len(keys)
         finally:
             if came:

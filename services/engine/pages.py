@@ -103,7 +103,7 @@ class Pages:
         return list(range(start, start + count)) if self._holders[start : start + count] == [0] * count else []
 
     def _in_gap(self, count: int) -> list[int]:
-        """A run in the first gap that leaves as much room again on either side, else in the middle of the widest."""
+        """A run in the first gap that leaves as much room again on either side, else in the widest."""
         best_start, best_length, start, room = 0, 0, None, max(count, ROOM)
         for page, holders in enumerate([*self._holders, 1]):
             if holders and start is not None:

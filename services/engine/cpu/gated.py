@@ -8,12 +8,10 @@ torch goes over the two wide products four times, which takes a quarter as long 
 from __future__ import annotations
 
 import torch
-from llvmlite import ir
-from numba import float32, int32, njit, prange, types
-from numba.extending import intrinsic
+from numba import float32, int32, njit, prange, uint32
 from torch import nn
 
-from .elements import JIT, float32_at
+from .elements import JIT, float32_at, float_of_bits
 from .products import RowLinear
 
 #: Rows from which on threads share the work.
@@ -28,11 +26,6 @@ _P0, _P1, _P2 = float32(1.9875691500e-4), float32(1.3981999507e-3), float32(8.33
 _P3, _P4, _P5 = float32(4.1665795894e-2), float32(1.6666665459e-1), float32(5.0000001201e-1)
 
 
-@intrinsic
-def _float_of_bits(typing_context, bits):
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
-
-
 @njit(fastmath={"contract"}, **JIT)
 def _gate(gate, up, out, size):
     a, b, target = float32_at(gate), float32_at(up), float32_at(out)
@@ -41,7 +34,7 @@ def _gate(gate, up, out, size):
         whole = (x * _LOG2_E + _ROUND) - _ROUND
         r = x - whole * _LN2_HIGH - whole * _LN2_LOW
         p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-        power = _float_of_bits((int32(whole) + int32(127)) << int32(23))
+        power = float_of_bits(uint32(int32(whole) + int32(127)) << uint32(23))
         target[at] = a[at] / (float32(1) + (p * r * r + r + float32(1)) * power) * b[at]
 
 
