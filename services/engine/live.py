@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch.nn import functional
 
+from kvstore.errors import CapacityError
 from kvstore.layout import KVLayout
 
 from .pages import Pages
@@ -55,6 +56,18 @@ class LivePool:
             index = torch.tensor(pages, device=self.device)
             self.k_LHPTD.index_copy_(2, index, k.permute(1, 2, 0, 3, 4))
             self.v_LHPTD.index_copy_(2, index, v.permute(1, 2, 0, 3, 4))
+
+    def set_aside(self, pages: Sequence[int]) -> list[int]:
+        """Where a copy of these pages is held, out of the requests' way; the pages themselves, where there is no room for one."""
+        try:
+            copies = self.pages.take_last(len(pages))
+        except CapacityError:
+            self.pages.share(pages)
+            return list(pages)
+        for x_LHPTD in (self.k_LHPTD, self.v_LHPTD):
+            for page, copy in zip(pages, copies, strict=True):
+                x_LHPTD[:, :, copy] = x_LHPTD[:, :, page]
+        return copies
 
 
 class LiveKV:

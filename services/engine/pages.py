@@ -2,7 +2,8 @@
 
 Pages are numbered. A request's pages lie in a row where there is room, because a run of them can be read without gathering; so a new
 request starts in a gap where both it and its neighbour can grow. It is the first such gap, not the widest: memory becomes the
-process's own when it is first written to, and stays.
+process's own when it is first written to, and stays. For the same reason what is kept apart from requests lies at the far end, where
+it does not come between them.
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ class Pages:
         with self._lock:
             return self._take(count, after)
 
+    def take_last(self, count: int) -> list[int]:
+        """The last `count` free pages, in order, with one holder each. Raises CapacityError when fewer are free; none is taken then."""
+        with self._lock:
+            self._require(count, self._free)
+            free = [page for page, holders in enumerate(self._holders) if not holders]
+            return self._hold(free[len(free) - count :])
+
     def exchange(self, pages: Iterable[int], count: int) -> list[int]:
         """Give `pages` and take `count` in one go, so that nobody comes between. Raises CapacityError; nothing has changed then."""
         with self._lock:
             pages = list(pages)
             released = sum(self._holders[page] == 1 for page in pages)
-            if count > self._free + released:
-                raise CapacityError(f"{count} pages of live cache are needed and {self._free + released} of {self.total} are free")
+            self._require(count, self._free + released)
             self._give(pages)
             taken = self._take(count, None)
         if released > count:
@@ -79,13 +86,18 @@ class Pages:
             return self._free == self._holders.count(0)
 
     def _take(self, count: int, after: int | None) -> list[int]:
-        if count > self._free:
-            raise CapacityError(f"{count} pages of live cache are needed and {self._free} of {self.total} are free")
-        found = self._behind(after, count) or self._in_gap(count) or self._anywhere(count)
-        for page in found:
+        self._require(count, self._free)
+        return self._hold(self._behind(after, count) or self._in_gap(count) or self._anywhere(count))
+
+    def _require(self, count: int, free: int) -> None:
+        if count > free:
+            raise CapacityError(f"{count} pages of live cache are needed and {free} of {self.total} are free")
+
+    def _hold(self, free: list[int]) -> list[int]:
+        for page in free:
             self._holders[page] = 1
-        self._free -= count
-        return found
+        self._free -= len(free)
+        return free
 
     def _give(self, pages: Iterable[int]) -> int:
         """How many became free."""

@@ -2,7 +2,8 @@
 
 The model's thread offers finished blocks and calls `work` between its steps, so encoding never runs beside the model and slows it
 (on few cores two thread pools at once cost far more than their sum); `due` bounds the share of time that it takes from running
-requests. Nothing is copied: a block's K and V are never written again, and its page is held until it is encoded.
+requests. What waits is copied to pages of its own at the far end of the pool: held among the requests' pages, it would cut them up and
+spread them over memory that was never touched.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class BlockWriter:
         taken = max(0, min(count, self._limit - len(self._queue)))
         if taken < count:
             self._metrics.publish_dropped.labels(reason="encode_full").inc(count - taken)
-        chain.pool.pages.share(chain.pages[:taken])
+        chain.pages = chain.pool.set_aside(chain.pages[:taken])
         self._queue.extend((chain, i) for i in range(taken))
         self._claim(chain.keys[1 : taken + 1], lambda ours: setattr(chain, "ours", ours))
 

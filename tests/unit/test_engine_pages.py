@@ -45,6 +45,16 @@ def test_a_page_is_free_once_its_last_holder_has_given_it_back():
             wrong(taken[:1])
 
 
+def test_what_is_kept_apart_lies_at_the_far_end():
+    pages = Pages(8)
+    assert pages.take(2) == [0, 1] and pages.take_last(2) == [6, 7] and pages.take_last(0) == []
+    pages.give([7])
+    assert pages.take_last(2) == [5, 7]
+    with pytest.raises(CapacityError, match="4 pages"):
+        pages.take_last(4)
+    assert pages.free == 3 and pages.check()
+
+
 def test_an_exchange_changes_nothing_when_shared_pages_leave_too_few():
     pages = Pages(4)
     taken = pages.take(4)
@@ -59,9 +69,11 @@ def test_an_exchange_changes_nothing_when_shared_pages_leave_too_few():
 def test_counts_agree_after_any_sequence():
     rng, pages, held = random.Random(0), Pages(40), []
     for _ in range(2000):
-        action = rng.choice(("take", "share", "give", "exchange"))
+        action = rng.choice(("take", "last", "share", "give", "exchange"))
         if action == "take" and pages.free:
             held.append(pages.take(rng.randint(1, pages.free), rng.choice([None, rng.randrange(40)])))
+        elif action == "last":
+            held.append(pages.take_last(rng.randint(0, pages.free)))
         elif held and action == "share":
             pages.share(run := rng.choice(held))
             held.append(list(run))
@@ -70,7 +82,7 @@ def test_counts_agree_after_any_sequence():
         elif held and action == "exchange":
             at = rng.randrange(len(held))
             try:
-                held[at] = pages.exchange(held[at], rng.randint(1, len(held[at])))
+                held[at] = pages.exchange(held[at], rng.randint(0, len(held[at])))
             except CapacityError:
                 continue
         assert pages.check() and pages.total - pages.free == len({page for run in held for page in run})
@@ -118,10 +130,14 @@ def test_worse_blocks_than_asked_for_are_neither_taken_nor_waited_for(shelf):
 
 
 def test_requests_that_come_and_go_stay_where_memory_has_been_written_to():
-    rng, pages, held, highest = random.Random(0), Pages(4096), [], 0
+    rng, pages, held, aside, highest = random.Random(0), Pages(4096), [], [], 0
     for _ in range(2000):
         if len(held) == 8:
             pages.give(held.pop(rng.randrange(8)))
         held.append(pages.take(rng.randint(1, 6)))
         highest = max(highest, *held[-1])
+        aside += pages.take_last(rng.randint(0, 3))
+        pages.give(aside[:-64])
+        aside = aside[-64:]
+        assert min(aside, default=4095) > 4000
     assert highest < 8 * (6 + 2 * 8)
