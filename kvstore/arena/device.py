@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
+from crc32c import crc32c
 
+from kvstore.checked_copy import copy_checked
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size
 
@@ -59,13 +60,20 @@ class Arena:
         """The whole arena, uint8 [size_bytes]; shares memory."""
         raise NotImplementedError
 
-    def write(self, extents: Sequence[Extent], offset: int, data: Buffer) -> None:
-        """Copy `data` to the place `offset` bytes into `extents`. The copy runs without the interpreter lock."""
+    def write(self, extents: Sequence[Extent], offset: int, data: Buffer, crc: int = 0) -> int:
+        """Copy `data` to the place `offset` bytes into `extents`. The copy runs without the interpreter lock.
+
+        Returns
+        -------
+        int
+            `crc`, the CRC-32C of what is before, continued over `data`; on the CPU over what was written, whoever else has hold of `data`.
+        """
         view = memoryview(data).cast("B")
         done = 0
         for start, length in self.pieces(extents, offset, len(view)):
-            self._store(start, view[done : done + length])
+            crc = self._store(start, view[done : done + length], crc)
             done += length
+        return crc
 
     def read(self, extents: Sequence[Extent], offset: int, length: int) -> list[Buffer]:
         """The `length` bytes that start `offset` bytes into `extents`.
@@ -76,10 +84,6 @@ class Arena:
             On the CPU read-only views of the arena itself, one a run, valid only as long as the pages are the caller's; on CUDA copies.
         """
         return [self._load(start, size) for start, size in self.pieces(extents, offset, length)]
-
-    def written(self, extents: Sequence[Extent], offset: int, data: memoryview) -> list[Buffer]:
-        """What a checksum of `data`, written there a moment ago, is taken of: on the CPU the arena's own bytes, else `data`."""
-        return [data]
 
     def close(self) -> None:
         """Give the memory back. Views that are still about keep it alive."""
@@ -102,7 +106,7 @@ class Arena:
             raise ValueError(f"{length} bytes lie beyond the end of the extents")
         return pieces
 
-    def _store(self, start: int, data: memoryview) -> None:
+    def _store(self, start: int, data: memoryview, crc: int) -> int:
         raise NotImplementedError
 
     def _load(self, start: int, length: int) -> Buffer:
@@ -120,7 +124,6 @@ class CpuArena(Arena):
         self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._view = memoryview(self._map)
         self._readonly = self._view.toreadonly()
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
 
     @cached_property
     def tensor(self) -> torch.Tensor:
@@ -128,11 +131,8 @@ class CpuArena(Arena):
 
         return torch.frombuffer(self._map, dtype=torch.uint8)
 
-    def written(self, extents: Sequence[Extent], offset: int, data: memoryview) -> list[Buffer]:
-        return self.read(extents, offset, len(data))
-
-    def _store(self, start: int, data: memoryview) -> None:
-        self._bytes[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    def _store(self, start: int, data: memoryview, crc: int) -> int:
+        return copy_checked(self._view[start : start + len(data)], data, crc)
 
     def _load(self, start: int, length: int) -> Buffer:
         return self._readonly[start : start + length]
@@ -160,12 +160,13 @@ class CudaArena(Arena):
     def tensor(self) -> torch.Tensor:
         return self._tensor
 
-    def _store(self, start: int, data: memoryview) -> None:
+    def _store(self, start: int, data: memoryview, crc: int) -> int:
         for at in range(0, len(data), STAGING_BYTES):
             piece = data[at : at + STAGING_BYTES]
             with self._copying:
                 self._host[: len(piece)] = piece
                 self._tensor[start + at : start + at + len(piece)].copy_(self._staging[: len(piece)])
+        return crc32c(data, crc)
 
     def _load(self, start: int, length: int) -> Buffer:
         out = bytearray(length)

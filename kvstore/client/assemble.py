@@ -6,10 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-import numpy as np
-from crc32c import crc32c
-
 from kvstore.block import BlockHeader, EncodedBlock
+from kvstore.checked_copy import copy_checked
 from kvstore.errors import CorruptBlockError
 
 from .buffers import Buffers
@@ -17,8 +15,6 @@ from .frames import GetFrame, parse_get
 
 #: `BlockStatus.BLOCK_STATUS_OK`
 OK = 1
-#: Bytes copied and then checked while the processor's cache still holds them.
-PIECE_BYTES = 1 << 20
 
 
 class BlockReader:
@@ -137,11 +133,9 @@ class Assembly:
         self._end_layers()
         while len(piece):
             row = self._header.rows[len(self._parts)]
-            stop = min(self._at + min(len(piece), PIECE_BYTES), self._start + row.size_bytes)
-            target = self._buffer[self._at : stop]
-            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(piece[: len(target)], np.uint8))
-            self._crc = crc32c(target, self._crc)
-            self._at, piece = stop, piece[len(target) :]
+            size = min(len(piece), self._start + row.size_bytes - self._at)
+            self._crc = copy_checked(self._buffer[self._at :], piece[:size], self._crc)
+            self._at, piece = self._at + size, piece[size:]
             self._end_layers()
 
     def block(self) -> EncodedBlock:

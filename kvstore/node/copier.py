@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from crc32c import crc32c
-
 from kvstore.arena import Arena, Extent
 from kvstore.block import BlockHeader
 from kvstore.errors import CorruptBlockError, InvalidInputError
@@ -19,8 +17,6 @@ from kvstore.errors import CorruptBlockError, InvalidInputError
 from .config import FRAME_BYTES
 
 Buffer = bytes | bytearray | memoryview
-#: Bytes copied and then checked while the processor's cache still holds them.
-PIECE_BYTES = 256 << 10
 Layers = Sequence[tuple[Extent, ...]]
 
 
@@ -59,10 +55,8 @@ class BlockWriter:
         self.left -= len(data)
         while len(data):
             row, extents = self._header.rows[self._layer], self._layers[self._layer]
-            piece = data[: min(row.size_bytes - self._offset, PIECE_BYTES)]
-            self._arena.write(extents, self._offset, piece)
-            for part in self._arena.written(extents, self._offset, piece):  # not of `piece`, which may be memory that others can write
-                self._crc = crc32c(part, self._crc)
+            piece = data[: row.size_bytes - self._offset]
+            self._crc = self._arena.write(extents, self._offset, piece, self._crc)
             self._offset += len(piece)
             data = data[len(piece) :]
             if self._offset == row.size_bytes:

@@ -1,0 +1,57 @@
+"""Copies with their CRC-32C: the same bytes and sums as a copy and the library, of any length, at any place."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from crc32c import crc32c
+
+from kvstore import checked_copy
+from kvstore.checked_copy import copy_checked
+
+
+@pytest.fixture(params=["native", "pieces"])
+def way(request, monkeypatch):
+    if request.param == "pieces":
+        monkeypatch.setattr(checked_copy, "_native", lambda: None)
+    elif checked_copy._native() is None:
+        pytest.skip("this processor lacks the instructions")
+
+
+def check(data: bytes, target: np.ndarray, at: int, crc: int) -> None:
+    target[:] = 0xA5
+    assert copy_checked(target[at:], data, crc) == crc32c(data, crc)
+    assert target[at : at + len(data)].tobytes() == data
+    assert (target[:at] == 0xA5).all() and (target[at + len(data) :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("size", [*range(200), 255, 256, 4095, 4096, 4097, 300_001, 1 << 20])
+def test_every_length(way, size):
+    check(random.Random(size).randbytes(size), np.empty(size + 32, np.uint8), 7, size * 2654435761 % 2**32)
+
+
+def test_any_place_and_any_sum_before(way):
+    rng = random.Random(0)
+    memory, target = np.frombuffer(rng.randbytes(1 << 16), np.uint8), np.empty(1 << 16, np.uint8)
+    for _ in range(300):
+        start, at = rng.randrange(1 << 15), rng.randrange(1 << 15)
+        check(memory[start : start + rng.randrange(1 << 15)].tobytes(), target, at, rng.getrandbits(32))
+
+
+def test_pieces_continue_each_other(way):
+    data, target, at, crc = random.Random(1).randbytes(100_000), memoryview(bytearray(100_000)), 0, 0
+    while at < len(data):
+        piece = memoryview(data)[at : at + 777]
+        crc = copy_checked(target[at:], piece, crc)
+        at += len(piece)
+    assert crc == crc32c(data) and target == data
+
+
+def test_what_does_not_fit_or_cannot_be_written_is_refused(way):
+    with pytest.raises(ValueError, match="5 bytes cannot be copied to 4"):
+        copy_checked(memoryview(bytearray(4)), b"12345")
+    with pytest.raises(ValueError, match="read-only"):
+        copy_checked(memoryview(b"1234"), b"1234")
+    assert copy_checked(memoryview(b""), b"", 17) == 17
