@@ -8,17 +8,19 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
 
     client                          node
     HELLO  token                    WELCOME  arena bytes u64, 0 if its memory is not shared; else with its descriptor
-    PLAN   tokens u32 | keys        PLANNED  number u32 | for each key: status u8 | header u16 | runs u32 | header | RUNs
-    DONE   number u32               INTACT   a byte each: 1 if what was copied until now is the block's
-    GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then a byte as of INTACT; a message for each key
+    PLAN   tokens u32 | keys        PLANNED  number u32 | for each key: status u8 | header u16 | runs u32 | mark u64 | state u64
+                                    | header | RUNs
+    DONE   number u32               none
+    GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then INTACT or LOST; a message for each key
     PUT    tokens u32 | header; then the payload
     END                             STATUSES a status u8 for each PUT since the last END
     STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
                                     its descriptor; on the Unix socket only
     OFFER  OFFERs, each with its header      STATUSES a status u8 for each: its payload lies in that memory
 
-A RUN is ``offset u64 | bytes u64`` in the arena, an OFFER ``tokens u32 | offset u64 | bytes u64 | header bytes u16``. A refused HELLO, and
-any message that is none of these, ends the connection.
+A RUN is ``offset u64 | bytes u64`` in the arena. What is copied from it is the block's if the 8 bytes at ``mark`` still are ``state`` after
+the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``.
+A refused HELLO, and any message that is none of these, ends the connection.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .errors import TransportError
 FRAME = struct.Struct("<IB")
 NUMBER = struct.Struct("<I")
 ARENA = struct.Struct("<Q")
-PLANNED = struct.Struct("<BHI")
+PLANNED = struct.Struct("<BHIQQ")
 RUN = struct.Struct("<QQ")
 OFFER = struct.Struct("<IQQH")
 KEY_BYTES = 32
@@ -40,6 +42,7 @@ KEY_BYTES = 32
 MAX_REQUEST_BYTES = NUMBER.size + 65_536 * KEY_BYTES
 #: The longest answer that a client reads.
 MAX_ANSWER_BYTES = 32 << 20
+#: After the payload of a block that was sent: whether all of it was the block's.
 INTACT, LOST = b"\x01", b"\x00"
 
 
@@ -51,15 +54,14 @@ class Kind(IntEnum):
     PLAN = 3
     PLANNED = 4
     DONE = 5
-    INTACT = 6
-    GET = 7
-    BLOCK = 8
-    PUT = 9
-    END = 10
-    STATUSES = 11
-    STAGE = 12
-    STAGED = 13
-    OFFER = 14
+    GET = 6
+    BLOCK = 7
+    PUT = 8
+    END = 9
+    STATUSES = 10
+    STAGE = 11
+    STAGED = 12
+    OFFER = 13
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:

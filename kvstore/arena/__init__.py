@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .device import Arena, CpuArena, available_memory, create, sealed_memory
+from .device import MARK_BYTES, Arena, CpuArena, available_memory, create, sealed_memory
 from .host import allow_open_files, give_freed_memory_back, host_identity, keep_freed_memory, settle_objects
 from .pages import AccountingError, Extent, PageAllocator
 
@@ -11,6 +11,7 @@ __all__ = [
     "Arena",
     "CpuArena",
     "Extent",
+    "MARK_BYTES",
     "PageAllocator",
     "allow_open_files",
     "available_memory",

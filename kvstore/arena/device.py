@@ -4,7 +4,8 @@ On the CPU it is shared memory without a name (``memfd``): private to the user, 
 to a reader of the same user on the same host through ``/proc/<pid>/fd/<fd>``. Torch is imported only where a tensor is asked for, so
 that a CPU node starts in a fraction of a second. On CUDA, copies go through pinned host memory.
 
-Nothing here knows which pages are whose: that is the block table's business.
+Behind the pages lies a mark of 8 bytes for each, by which such a reader can see whether what it copied was still the block's; who
+writes them, and which pages are whose, is the block table's business.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 #: Memory that stays free for the rest of the machine when an arena is made.
 HEADROOM_BYTES = 64 << 20
+MARK_BYTES = 8
 #: Pinned memory through which CUDA copies go, a piece at a time.
 STAGING_BYTES = 4 << 20
 
@@ -49,6 +51,8 @@ class Arena:
     """
 
     device: str
+    #: One number a page, seen by all who share the memory; None where nobody does.
+    marks: memoryview | None = None
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -120,16 +124,24 @@ class CpuArena(Arena):
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         super().__init__(size_bytes, page_bytes)
-        self.fd = sealed_memory("concertina-arena", self.size_bytes)
-        self._map = mmap.mmap(self.fd, self.size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._view = memoryview(self._map)
+        #: With the marks, which lie behind the last page.
+        self.shared_bytes = self.marks_at + self.pages * MARK_BYTES
+        self.fd = sealed_memory("concertina-arena", self.shared_bytes)
+        self._map = mmap.mmap(self.fd, self.shared_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._view = memoryview(self._map)[: self.size_bytes]
+        self.marks = memoryview(self._map)[self.marks_at :].cast("Q")
         self._readonly = self._view.toreadonly()
 
     @cached_property
     def tensor(self) -> torch.Tensor:
         import torch
 
-        return torch.frombuffer(self._map, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes)
+
+    @property
+    def marks_at(self) -> int:
+        """Where in the shared memory the marks begin."""
+        return -(-self.size_bytes // MARK_BYTES) * MARK_BYTES
 
     def _store(self, start: int, data: memoryview, crc: int) -> int:
         return copy_checked(self._view[start : start + len(data)], data, crc)

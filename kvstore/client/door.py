@@ -1,7 +1,7 @@
 """One way through a node's door (`kvstore.door`): blocking calls, from one thread at a time.
 
 On the node's own host the blocks are copied out of its shared memory, elsewhere they come over the connection. Nothing is handed on
-before the node has said, after the copy, that the bytes were the block's to the end, and before its CRCs have been compared.
+before it is known, after the copy, that the bytes were the block's to the end, and before its CRCs have been compared.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore import door
+from kvstore.arena import MARK_BYTES
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
@@ -108,55 +110,54 @@ class Door(Line):
     def _read_shared(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         batches = list(_batches(sizes))  # the node is asked for the next one while this one is copied
         self.send([self._ask(keys, tokens, batch) for batch in batches[:2]])
-        copied: list[tuple[int, EncodedBlock]] = []
-        taken, damage = 0, ""
+        taken = 0
         for number, (first, stop) in enumerate(batches):
             answer = self.receive(Kind.PLANNED)
-            before, (copied, damage) = copied, self._copy_all(first, stop, answer, accept, memory)
+            copied, damage = self._copy_all(first, stop, answer, accept, memory)
             done = door.message(Kind.DONE, bytes(answer[: door.NUMBER.size]))
             self.send([done, *(self._ask(keys, tokens, batch) for batch in batches[number + 2 : number + 3])])
-            if number:
-                taken += self._confirm(before, take)
-            whole = taken + len(copied) == stop
-            if not whole or number + 1 == len(batches):
+            take(copied)
+            taken += len(copied)
+            if taken < stop:
+                if number + 1 < len(batches):
+                    self.close()  # the next plan is not wanted
+                if damage:
+                    raise CorruptBlockError(damage)
                 break
-        if taken == first:
-            taken += self._confirm(copied, take, behind=number + 1 < len(batches))
-        if taken < len(keys):
-            self.close()  # what is still to come on it is not wanted
-        if damage and taken == first + len(copied):
-            raise CorruptBlockError(damage)
         return taken
 
     @staticmethod
     def _ask(keys: Sequence[bytes], tokens: bytes, batch: tuple[int, int]) -> bytes:
         return door.message(Kind.PLAN, tokens, *keys[batch[0] : batch[1]])
 
-    def _confirm(self, copied: list[tuple[int, EncodedBlock]], take: Take, behind: bool = False) -> int:
-        """Hand on the leading blocks that were still theirs when they had been copied. Returns their number.
-
-        `behind` says that the answer comes after that to a later plan, which is not wanted any more.
-        """
-        if behind:
-            self.receive(Kind.PLANNED)
-        sound = _leading(bytes(self.receive(Kind.INTACT)), len(copied))
-        take(copied[:sound])
-        return sound
-
     def _copy_all(
         self, first: int, stop: int, answer: memoryview, accept: Accept, memory: Carver
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
-        """The leading blocks of a plan that are there and accepted, and what is wrong with the next one, if it is damaged."""
+        """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
         copied: list[tuple[int, EncodedBlock]] = []
+        marks: list[tuple[int, int]] = []
+        damage = ""
         try:
-            for number, (header_bytes, runs) in enumerate(_parse_plan(answer, stop - first), first):
-                header = BlockHeader.from_bytes(header_bytes)
+            for number, planned in enumerate(_parse_plan(answer, stop - first), first):
+                header = BlockHeader.from_bytes(planned.header)
                 if not accept(number, header):
                     break
-                copied.append((number, self._copy(header, runs, memory)))
+                marks.append(planned.mark)
+                copied.append((number, self._copy(header, planned.runs, memory)))
         except CorruptBlockError as error:
-            return copied, str(error)
-        return copied, ""
+            damage = str(error)
+        sound = self._sound(marks)
+        return copied[:sound], damage if sound == len(marks) else ""  # a copy that another block was written over is none
+
+    def _sound(self, marks: Sequence[tuple[int, int]]) -> int:
+        """How many leading marks are as they were."""
+        if not marks:
+            return 0
+        places, states = np.array(marks, np.uint64).T
+        if int(places.max()) + MARK_BYTES > len(self.arena):
+            raise CorruptBlockError("a plan of the door does not fit its arena")
+        lost = self.arena.view(np.uint64)[places // MARK_BYTES] != states
+        return int(lost.argmax()) if lost.any() else len(marks)
 
     def _copy(self, header: BlockHeader, runs: Iterable[tuple[int, int]], memory: Carver) -> EncodedBlock:
         """One block out of the arena, every layer's CRC compared."""
@@ -246,13 +247,21 @@ def _check_user(peer: socket.socket) -> None:
         raise TransportError(f"the node's door is kept by user {uid}")
 
 
-def _parse_plan(answer: memoryview, count: int) -> Iterator[tuple[memoryview, list[tuple[int, int]]]]:
-    """Header and runs of each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short."""
+class _Planned(NamedTuple):
+    """Of a block in shared memory: its header, where its payload lies, and where which number says that it still does."""
+
+    header: memoryview
+    runs: list[tuple[int, int]]
+    mark: tuple[int, int]
+
+
+def _parse_plan(answer: memoryview, count: int) -> Iterator[_Planned]:
+    """Each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short."""
     at = door.NUMBER.size
     for _ in range(count):
         if at + door.PLANNED.size > len(answer):
             raise CorruptBlockError("a plan of the door is cut short")
-        status, header_bytes, runs = door.PLANNED.unpack_from(answer, at)
+        status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(answer, at)
         at += door.PLANNED.size
         stop = at + header_bytes + runs * door.RUN.size
         if stop > len(answer):
@@ -260,7 +269,7 @@ def _parse_plan(answer: memoryview, count: int) -> Iterator[tuple[memoryview, li
         if status != OK:
             return
         # A list: CPython 3.11 crashes when the collector meets an `iter_unpack` over a memoryview.
-        yield answer[at : at + header_bytes], list(door.RUN.iter_unpack(bytes(answer[at + header_bytes : stop])))
+        yield _Planned(answer[at : at + header_bytes], list(door.RUN.iter_unpack(bytes(answer[at + header_bytes : stop]))), (mark, state))
         at = stop
 
 
@@ -273,9 +282,3 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
             first, size, limit = at, 0, min(2 * limit, LAST_BATCH_BYTES)
         size += more
     yield first, len(sizes)
-
-
-def _leading(marks: bytes, count: int) -> int:
-    """How many of the first `count` marks are set before one is not."""
-    lost = marks.find(door.LOST, 0, count)
-    return min(count, len(marks)) if lost < 0 else lost

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from kvstore import door
-from kvstore.arena import CpuArena
+from kvstore.arena import MARK_BYTES, CpuArena
 from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
@@ -37,7 +37,7 @@ LARGE_BYTES = 1 << 20
 #: Plans that one connection may have open.
 MAX_PLANS = 4
 _PEER = struct.Struct("3i")  # pid, uid, gid
-_ABSENT = door.PLANNED.pack(Status.NOT_FOUND, 0, 0)
+_ABSENT = door.PLANNED.pack(Status.NOT_FOUND, 0, 0, 0, 0)
 
 
 class DoorServer:
@@ -145,7 +145,7 @@ class DoorServer:
     async def _welcome(self, peer: socket.socket, caller: Caller) -> None:
         # The memory holds everybody's blocks: one tenant among several may not see it.
         shared = self._shared >= 0 and peer.family == socket.AF_UNIX and caller.admin
-        answer = door.message(Kind.WELCOME, door.ARENA.pack(self._service.arena.size_bytes if shared else 0))
+        answer = door.message(Kind.WELCOME, door.ARENA.pack(self._service.arena.shared_bytes if shared else 0))
         if shared:
             socket.send_fds(peer, [answer], [self._shared])
         else:
@@ -162,7 +162,7 @@ class Guest:
         self._peer = peer
         self._inbox = inbox
         self._caller = caller
-        self._plans: dict[int, tuple[list[Found | None], int]] = {}
+        self._plans: dict[int, int] = {}  # the lease of each
         self._number = 0
         self._incoming: Incoming | None = None
         self.write_ends: float | None = None
@@ -174,7 +174,7 @@ class Guest:
         if kind is Kind.PLAN:
             await self._plan(body)
         elif kind is Kind.DONE:
-            await self._done(*door.NUMBER.unpack(body))
+            self._service.engine.release(self._plans.pop(*door.NUMBER.unpack(body), 0))
         elif kind is Kind.GET:
             await self._get(body)
         elif kind is Kind.PUT:
@@ -191,7 +191,7 @@ class Guest:
 
     def leave(self) -> None:
         """Give up what the connection holds: leases, and a block that is not complete."""
-        for _, lease in self._plans.values():
+        for lease in self._plans.values():
             self._service.engine.release(lease)
         self._plans.clear()
         if self._incoming is not None:
@@ -220,7 +220,7 @@ class Guest:
             raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
         plan, lease, request = self._look(body)
         self._number += 1
-        self._plans[self._number] = plan, lease
+        self._plans[self._number] = lease
         await self._send(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
         self._service.engine.used(plan, request)  # while the guest copies
 
@@ -233,15 +233,10 @@ class Guest:
             arena, header = self._service.arena, found.header.to_bytes()
             rows = zip(found.header.rows, found.layers, strict=False)
             runs = [door.RUN.pack(*run) for row, extents in rows for run in arena.pieces(extents, 0, row.size_bytes)]
-            described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs)), header, *runs))
+            mark = arena.marks_at + found.entry.first_page * MARK_BYTES
+            described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs), mark, found.generation), header, *runs))
             found.entry.description = found.generation, described
         return described
-
-    async def _done(self, number: int) -> None:
-        plan, lease = self._plans.pop(number, ([], 0))
-        engine = self._service.engine
-        await self._send(door.message(Kind.INTACT, bytes(found is not None and engine.intact(found) for found in plan)))
-        engine.release(lease)
 
     async def _get(self, body: memoryview) -> None:
         plan, lease, request = self._look(body)

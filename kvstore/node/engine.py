@@ -48,25 +48,22 @@ class NodeEngine:
         Told each key whose presence or fidelity changed, for the index.
     overflow : Overflow, optional
         Takes what the arena loses to pressure.
+    marks : memoryview, optional
+        The arena's, see `BlockTable`.
 
     A block's id is its key or, where callers have credentials, its key made its owner's own (`table.block_id`). Methods take ids.
     """
 
     def __init__(
-        self,
-        config: NodeConfig,
-        clock: Clock,
-        policy: EvictionPolicy,
-        allocator: PageAllocator,
-        on_change: Callable[[bytes], None] = lambda key: None,
-        overflow: Overflow | None = None,
-    ) -> None:
+        self, config: NodeConfig, clock: Clock, policy: EvictionPolicy, allocator: PageAllocator,
+        on_change: Callable[[bytes], None] = lambda key: None, overflow: Overflow | None = None, marks: memoryview | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.clock = clock
         self.policy = policy
         self.requests = Requests(clock)
         self.allocator = allocator
-        self.table = BlockTable()
+        self.table = BlockTable(marks)
         self.admission = Admission(clock, policy, allocator, self.table, config.page_bytes, self._drop)
         self.tally = Tally()
         self.reserved_pages = 0

@@ -100,6 +100,11 @@ class Entry:
         self.pages = sum(extent.count for layer in self.layers for extent in layer)
 
     @property
+    def first_page(self) -> int:
+        """Raises StopIteration for a block without pages."""
+        return next(extent.start for layer in self.layers for extent in layer)
+
+    @property
     def key(self) -> bytes:
         return self.header.key
 
@@ -130,9 +135,17 @@ class Aliases:
 
 
 class BlockTable:
-    """Entries by id, with the sums that the account and the metrics report."""
+    """Entries by id, with the sums that the account and the metrics report.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    marks : memoryview, optional
+        A number a page (`Arena.marks`). That of a block's first page is its generation, from before anybody is told of the block until
+        before its bytes change.
+    """
+
+    def __init__(self, marks: memoryview | None = None) -> None:
+        self._marks = marks
         self._entries: dict[bytes, Entry] = {}
         self._aliases = Aliases()
         self._generations = itertools.count(1)
@@ -157,6 +170,7 @@ class BlockTable:
     def insert(self, header: BlockHeader, layers: list[tuple[Extent, ...]], now: float, info: BlockInfo, owner: str = "") -> Entry:
         """Add a block whose id is not resident; `info` is what the policy was or will be told of it."""
         entry = Entry(header, layers, header.present, next(self._generations), now, info, owner)
+        self._mark(entry, entry.generation)
         self._entries[entry.id] = entry
         self._aliases.add(header.key, entry.id)
         self.raw_bytes += header.raw_bytes
@@ -170,17 +184,20 @@ class BlockTable:
         self.raw_bytes -= entry.header.raw_bytes
         self._count(entry, -1)
         entry.generation = 0
+        self._mark(entry, 0)
         return [extent for layer in entry.layers for extent in layer]
 
     def truncate(self, entry: Entry, fidelity: int) -> list[Extent]:
         """Drop the layers above `fidelity`. Returns their pages, which are the caller's to free."""
         header = entry.header.truncate(fidelity)  # raises before anything has changed
         self._count(entry, -1)
+        self._mark(entry, 0)
         dropped = [extent for layer in entry.layers[fidelity:] for extent in layer]
         del entry.layers[fidelity:]
         entry.header = header
         entry.pages -= sum(extent.count for extent in dropped)
         entry.generation = next(self._generations)
+        self._mark(entry, entry.generation)
         self._count(entry, 1)
         return dropped
 
@@ -196,6 +213,10 @@ class BlockTable:
             raise AccountingError(f"blocks hold {pages} pages, the sum says {self.pages}")
         if held != holds:
             raise AccountingError(f"blocks are held {held} times, leases, pins and writers account for {holds}")
+
+    def _mark(self, entry: Entry, generation: int) -> None:
+        if self._marks is not None and entry.pages:
+            self._marks[entry.first_page] = generation
 
     def _count(self, entry: Entry, sign: int) -> None:
         header = entry.header
