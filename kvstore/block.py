@@ -118,6 +118,11 @@ class BlockHeader:
         """Bytes of K and V that the block stands for, at 2 bytes a value: the numerator of every ratio."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * RATIO_BYTES_PER_VALUE
 
+    def check_layer(self, number: int, crc: int) -> None:
+        """Raises CorruptBlockError when `crc`, of the bytes that came as layer `number`, is not the layer's."""
+        if crc != self.rows[number - 1].crc32c:
+            raise CorruptBlockError(f"the CRC-32C of fidelity layer {number} does not match")
+
     def truncate(self, fidelity: int) -> BlockHeader:
         """This header with only layers 1 … `fidelity` present. Raises InvalidInputError if they are not."""
         if not isinstance(fidelity, int) or not 1 <= fidelity <= self.present:
@@ -244,8 +249,7 @@ class EncodedBlock:
         parts, at = [], 0
         for number, row in enumerate(header.rows[: header.present], 1):
             part = view[at : at + row.size_bytes]
-            if crc32c(part) != row.crc32c:
-                raise CorruptBlockError(f"the CRC-32C of fidelity layer {number} does not match")
+            header.check_layer(number, crc32c(part))
             parts.append(part)
             at += row.size_bytes
         return cls(header, tuple(parts))

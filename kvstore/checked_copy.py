@@ -30,7 +30,7 @@ _NEEDED = ("pclmul", "sse4.2")
 _Native = Callable[[int, int, int, int], int]
 
 
-def copy_checked(target: memoryview | np.ndarray, source: Buffer, crc: int = 0) -> int:
+def copy_checked(target: memoryview, source: Buffer, crc: int = 0) -> int:
     """Copy `source` to the beginning of `target`. Runs without the interpreter's lock.
 
     Parameters
@@ -50,23 +50,31 @@ def copy_checked(target: memoryview | np.ndarray, source: Buffer, crc: int = 0) 
     ValueError
         When `target` is too short or cannot be written to; nothing is copied then.
     """
-    if not len(source):
-        return crc
-    to, data = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
-    if len(to) < len(data) or not to.flags.writeable:
-        raise ValueError(f"{len(data)} bytes cannot be copied to {len(to)} bytes of {'' if to.flags.writeable else 'read-only '}memory")
+    return copy_checked_from(target, address_of(source), len(source), crc) if len(source) else crc
+
+
+def copy_checked_from(target: memoryview, address: int, size: int, crc: int = 0) -> int:
+    """The same for `size` bytes, at least one, behind an `address_of` memory that the caller keeps alive: for parts of one large memory."""
+    if len(target) < size:
+        raise ValueError(f"{size} bytes cannot be copied to {len(target)}")
+    try:
+        to = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    except TypeError:
+        raise ValueError("bytes cannot be copied to read-only memory") from None
     native = _native()
-    if native is None:
-        return _in_pieces(to, data, crc)
-    return native(to.__array_interface__["data"][0], data.__array_interface__["data"][0], len(data), crc)
+    return _in_pieces(to, address, size, crc) if native is None else native(to, address, size, crc)
 
 
-def _in_pieces(target: np.ndarray, source: np.ndarray, crc: int) -> int:
-    for at in range(0, len(source), _PIECE_BYTES):
-        piece = source[at : at + _PIECE_BYTES]
-        written = target[at : at + len(piece)]
-        np.copyto(written, piece)
-        crc = crc32c(written, crc)  # not of `piece`, which may be memory that others can write
+def address_of(memory: Buffer | np.ndarray) -> int:
+    """Where `memory`, which is not empty, begins. It means nothing any more once that is gone."""
+    return np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+
+
+def _in_pieces(to: int, address: int, size: int, crc: int) -> int:
+    for at in range(0, size, _PIECE_BYTES):
+        length = min(_PIECE_BYTES, size - at)
+        ctypes.memmove(to + at, address + at, length)
+        crc = crc32c((ctypes.c_char * length).from_address(to + at), crc)  # of what was written: others may write to the source meanwhile
     return crc
 
 

@@ -146,7 +146,6 @@ class Assembly:
         """Close the layers that are whole; one may be empty."""
         rows = self._header.rows
         while len(self._parts) < self._header.present and self._at - self._start == rows[len(self._parts)].size_bytes:
-            if self._crc != rows[len(self._parts)].crc32c:
-                raise CorruptBlockError(f"the CRC-32C of fidelity layer {len(self._parts) + 1} does not match")
+            self._header.check_layer(len(self._parts) + 1, self._crc)
             self._parts.append(self._buffer[self._start : self._at])
             self._start, self._crc = self._at, 0

@@ -10,7 +10,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,22 +19,24 @@ import numpy as np
 from kvstore import door
 from kvstore.arena import MARK_BYTES
 from kvstore.block import BlockHeader, EncodedBlock
+from kvstore.checked_copy import address_of, copy_checked_from
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
-from .assemble import Assembly
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
 from .staging import Stage
 
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
-FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 8 << 20, 32 << 20
+FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 1 << 20, 32 << 20
 MAX_BATCH_KEYS = 512
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
 OK = 1
 _PEER = struct.Struct("3i")
+#: Headers of what was read lately: a prefix that many prompts share is read again and again.
+_parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
 
 #: Looks at a header before memory is set aside; False ends the reading.
 Accept = Callable[[int, BlockHeader], bool]
@@ -54,8 +57,13 @@ class Door(Line):
 
     def __init__(self, peer: socket.socket, arena: np.ndarray | None) -> None:
         super().__init__(peer)
-        self.arena = arena
+        self.share(arena)
         self._stage: Stage | None = None
+
+    def share(self, arena: np.ndarray | None) -> None:
+        """Read from `arena`, another map of the same memory perhaps, from now on."""
+        self.arena = arena
+        self._address = 0 if arena is None else address_of(arena)
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float
@@ -139,7 +147,7 @@ class Door(Line):
         damage = ""
         try:
             for number, planned in enumerate(_parse_plan(answer, stop - first), first):
-                header = BlockHeader.from_bytes(planned.header)
+                header = _parse_header(planned.header)
                 if not accept(number, header):
                     break
                 marks.append(planned.mark)
@@ -159,20 +167,25 @@ class Door(Line):
         lost = self.arena.view(np.uint64)[places // MARK_BYTES] != states
         return int(lost.argmax()) if lost.any() else len(marks)
 
-    def _copy(self, header: BlockHeader, runs: Iterable[tuple[int, int]], memory: Carver) -> EncodedBlock:
+    def _copy(self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver) -> EncodedBlock:
         """One block out of the arena, every layer's CRC compared."""
         if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        assembly = Assembly(header, memory.take(header.payload_bytes))
-        for offset, size_bytes in runs:
-            if offset + size_bytes > len(self.arena):
-                raise CorruptBlockError("a plan of the door does not fit its arena")
-            piece = memoryview(self.arena[offset : offset + size_bytes])
-            assembly.expect(piece)
-            assembly.add(piece)
-        if assembly.left:
-            raise CorruptBlockError("a plan of the door does not fit its block")
-        return assembly.block()
+        payload, left, parts, stop = memory.take(header.payload_bytes), list(reversed(runs)), [], 0
+        for number, row in enumerate(header.rows[: header.present], 1):
+            start = at = stop
+            stop, crc = start + row.size_bytes, 0
+            while at < stop:
+                offset, size = left.pop() if left else (0, 0)
+                if not 0 < size <= stop - at or offset + size > len(self.arena):
+                    raise CorruptBlockError("a plan of the door does not fit its block or its arena")
+                crc = copy_checked_from(payload[at:], self._address + offset, size, crc)
+                at += size
+            header.check_layer(number, crc)
+            parts.append(payload[start:stop])
+        if left:
+            raise CorruptBlockError("a plan of the door does not fit its block or its arena")
+        return EncodedBlock(header, tuple(parts))
 
     # ---- over the connection
 
@@ -250,14 +263,14 @@ def _check_user(peer: socket.socket) -> None:
 class _Planned(NamedTuple):
     """Of a block in shared memory: its header, where its payload lies, and where which number says that it still does."""
 
-    header: memoryview
+    header: bytes
     runs: list[tuple[int, int]]
     mark: tuple[int, int]
 
 
-def _parse_plan(answer: memoryview, count: int) -> Iterator[_Planned]:
+def _parse_plan(answer: bytes | memoryview, count: int) -> Iterator[_Planned]:
     """Each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short."""
-    at = door.NUMBER.size
+    answer, at = bytes(answer), door.NUMBER.size
     for _ in range(count):
         if at + door.PLANNED.size > len(answer):
             raise CorruptBlockError("a plan of the door is cut short")
@@ -268,8 +281,8 @@ def _parse_plan(answer: memoryview, count: int) -> Iterator[_Planned]:
             raise CorruptBlockError("a plan of the door is cut short")
         if status != OK:
             return
-        # A list: CPython 3.11 crashes when the collector meets an `iter_unpack` over a memoryview.
-        yield _Planned(answer[at : at + header_bytes], list(door.RUN.iter_unpack(bytes(answer[at + header_bytes : stop]))), (mark, state))
+        runs_at = at + header_bytes
+        yield _Planned(answer[at:runs_at], list(door.RUN.iter_unpack(answer[runs_at:stop])), (mark, state))
         at = stop
 
 

@@ -105,7 +105,7 @@ class Doors:
         except IndexError:
             door = open_door(node, way == "local", self._token, OPEN_TIMEOUT_S)
             if door.arena is not None:
-                door.arena = self._arenas.setdefault(node.incarnation, door.arena)
+                door.share(self._arenas.setdefault(node.incarnation, door.arena))
         try:
             outcome = work(door)
         except BaseException:

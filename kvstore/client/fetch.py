@@ -41,7 +41,7 @@ GRACE_S = 0.25
 #: A node is asked over several streams for at least so many bytes.
 STREAMS_FROM_BYTES = 8 << 20
 #: Buffers are given back to the system when nothing was fetched for so long.
-BUFFERS_IDLE_S = 10.0
+BUFFERS_IDLE_S = 60.0
 #: Called with the position and the block, in order, from the event loop.
 OnBlock = Callable[[int, EncodedBlock], None]
 
@@ -125,10 +125,11 @@ class Fetch:
         """
         if header.key != self.hits[position].key or header.namespace != self.demand.namespace:
             raise CorruptBlockError("the node sent another block than the one asked for")
-        if header.total_bytes > self.config.max_block_bytes:
-            raise CorruptBlockError(f"a block of {header.total_bytes} bytes is above max_block_bytes = {self.config.max_block_bytes}")
+        size = header.total_bytes
+        if size > self.config.max_block_bytes:
+            raise CorruptBlockError(f"a block of {size} bytes is above max_block_bytes = {self.config.max_block_bytes}")
         with self._claiming:
-            self._claimed_bytes += header.total_bytes
+            self._claimed_bytes += size
             if self._claimed_bytes > self.config.fetch_bytes:
                 return False
         own, before = header.rows[header.present - 1].distortion, header.provenance.distortion

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from kvstore.arena import Arena, Extent
 from kvstore.block import BlockHeader
-from kvstore.errors import CorruptBlockError, InvalidInputError
+from kvstore.errors import InvalidInputError
 
 from .config import FRAME_BYTES
 
@@ -60,8 +60,7 @@ class BlockWriter:
             self._offset += len(piece)
             data = data[len(piece) :]
             if self._offset == row.size_bytes:
-                if self._crc != row.crc32c:
-                    raise CorruptBlockError(f"the CRC-32C of fidelity layer {self._layer + 1} does not match")
+                self._header.check_layer(self._layer + 1, self._crc)
                 self._layer, self._offset, self._crc = self._layer + 1, 0, 0
 
 
