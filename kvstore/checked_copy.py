@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -26,8 +27,8 @@ _PIECE_BYTES = 256 << 10
 #: Bytes a step, and how far ahead memory is fetched.
 _STEP, _AHEAD = 64, 512
 _NEEDED = ("pclmul", "sse4.2")
-#: (to, from, bytes, CRC before) -> CRC
-_Native = Callable[[int, int, int, int], int]
+#: In the last column of a row of `Copies`: go on with the CRC of the row before.
+_CONTINUE = 1 << 32
 
 
 def copy_checked(target: memoryview, source: Buffer, crc: int = 0) -> int:
@@ -50,19 +51,34 @@ def copy_checked(target: memoryview, source: Buffer, crc: int = 0) -> int:
     ValueError
         When `target` is too short or cannot be written to; nothing is copied then.
     """
-    return copy_checked_from(target, address_of(source), len(source), crc) if len(source) else crc
+    if not len(source):
+        return crc
+    row = (ctypes.c_uint64 * 4)(_place_for(target, len(source)), address_of(source), len(source), crc)
+    _routine()(ctypes.addressof(row), 1)
+    return row[3]
 
 
-def copy_checked_from(target: memoryview, address: int, size: int, crc: int = 0) -> int:
-    """The same for `size` bytes, at least one, behind an `address_of` memory that the caller keeps alive: for parts of one large memory."""
-    if len(target) < size:
-        raise ValueError(f"{size} bytes cannot be copied to {len(target)}")
-    try:
-        to = ctypes.addressof(ctypes.c_char.from_buffer(target))
-    except TypeError:
-        raise ValueError("bytes cannot be copied to read-only memory") from None
-    native = _native()
-    return _in_pieces(to, address, size, crc) if native is None else native(to, address, size, crc)
+class Copies:
+    """Many copies, made in one go: to hand the interpreter's lock over for each costs more than a small copy."""
+
+    def __init__(self) -> None:
+        self._rows = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._rows) // 4
+
+    def add(self, target: memoryview, address: int, size: int, goes_on: bool) -> None:
+        """`size` bytes, at least one, from `address` in memory that the caller keeps alive (`address_of`) to the beginning of `target`.
+
+        With `goes_on` the CRC is that of the bytes of the copy before and of these. Raises ValueError as `copy_checked` does.
+        """
+        self._rows.extend((_place_for(target, size), address, size, _CONTINUE if goes_on else 0))
+
+    def make(self) -> Sequence[int]:
+        """Copy everything, in order. Returns the CRC-32C of each."""
+        if self._rows:
+            _routine()(self._rows.buffer_info()[0], len(self))
+        return self._rows[3::4]
 
 
 def address_of(memory: Buffer | np.ndarray) -> int:
@@ -70,24 +86,39 @@ def address_of(memory: Buffer | np.ndarray) -> int:
     return np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
 
 
-def _in_pieces(to: int, address: int, size: int, crc: int) -> int:
-    for at in range(0, size, _PIECE_BYTES):
-        length = min(_PIECE_BYTES, size - at)
-        ctypes.memmove(to + at, address + at, length)
-        crc = crc32c((ctypes.c_char * length).from_address(to + at), crc)  # of what was written: others may write to the source meanwhile
-    return crc
+def _place_for(target: memoryview, size: int) -> int:
+    if len(target) < size:
+        raise ValueError(f"{size} bytes cannot be copied to {len(target)}")
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(target))
+    except TypeError:
+        raise ValueError("bytes cannot be copied to read-only memory") from None
+
+
+def _in_pieces(table: int, rows: int) -> None:
+    """What the machine code does, without it."""
+    crc = 0
+    for row in ((ctypes.c_uint64 * 4) * rows).from_address(table):
+        to, address, size, before = row
+        crc = crc if before == _CONTINUE else before
+        for at in range(0, size, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, size - at)
+            ctypes.memmove(to + at, address + at, length)
+            written = (ctypes.c_char * length).from_address(to + at)  # not of the source, to which others may write meanwhile
+            crc = crc32c(written, crc)
+        row[3] = crc
 
 
 @cache
-def _native() -> _Native | None:
-    """The routine in machine code, None where the processor lacks its instructions."""
+def _routine() -> Callable[[int, int], None]:
+    """Takes the address of rows ``to | from | bytes | CRC before``, u64 each, and their number; leaves each CRC in the last column."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return None
+        return _in_pieces
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
     if not all(features.get(name) for name in _NEEDED):
-        return None
+        return _in_pieces
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()
@@ -95,29 +126,36 @@ def _native() -> _Native | None:
     machine = llvm.Target.from_default_triple().create_target_machine(features=",".join(f"+{name}" for name in _NEEDED))
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    address = engine.get_function_address("copy_checked")
-    routine = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32)(address)
+    routine = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)(engine.get_function_address("copy_rows"))
     routine.engine = engine  # owns the code
     return routine
 
 
 def _module() -> str:
     """LLVM's text of one function around the assembly."""
-    touched = ["rdi", "rsi", "rdx", "rcx", "r8", *(f"xmm{i}" for i in range(14)), "memory", "dirflag", "fpsr", "flags"]
-    constraints = ",".join(["={eax}", "{rdi}", "{rsi}", "{rdx}", "{ecx}", *(f"~{{{name}}}" for name in touched)])
+    touched = ["rsi", "rdi", "rax", "rcx", "rdx", "r8", "r9", "r10", *(f"xmm{i}" for i in range(14)), "memory", "dirflag", "fpsr", "flags"]
+    constraints = ",".join(["{rdi}", "{rsi}", *(f"~{{{name}}}" for name in touched)])
     text = r"\0A".join(line.replace("$", "$$") for line in _assembly())
     return f"""
-define i32 @copy_checked(i64 %to, i64 %from, i64 %size, i32 %crc) {{
-  %after = call i32 asm sideeffect "{text}", "{constraints}"(i64 %to, i64 %from, i64 %size, i32 %crc)
-  ret i32 %after
+define void @copy_rows(i64 %table, i64 %rows) {{
+  call void asm sideeffect "{text}", "{constraints}"(i64 %table, i64 %rows)
+  ret void
 }}"""
 
 
 def _assembly() -> list[str]:
-    """To rdi, from rsi, rdx bytes, CRC in ecx and then eax; remainders in xmm0 to xmm3, the multipliers in xmm8."""
+    """Row in r9, rows left in r10. A row's: to rdi, from rsi, bytes rdx, CRC eax; remainders in xmm0 to xmm3, the multipliers in xmm8."""
     remainders = range(4)
     return [
-        "movl %ecx, %eax",
+        "movq %rdi, %r9",
+        "movq %rsi, %r10",
+        "0:",
+        "movq 0(%r9), %rdi",
+        "movq 8(%r9), %rsi",
+        "movq 16(%r9), %rdx",
+        "movq 24(%r9), %rcx",
+        "btq $32, %rcx",
+        "cmovncl %ecx, %eax",  # else the CRC of the row before
         "notl %eax",
         f"cmpq ${_STEP}, %rdx",
         "jb 3f",
@@ -166,6 +204,11 @@ def _assembly() -> list[str]:
         "jmp 4b",
         "5:",
         "notl %eax",
+        "movl %eax, %ecx",
+        "movq %rcx, 24(%r9)",
+        "addq $32, %r9",
+        "decq %r10",
+        "jne 0b",
     ]
 
 

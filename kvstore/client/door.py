@@ -19,7 +19,7 @@ import numpy as np
 from kvstore import door
 from kvstore.arena import MARK_BYTES
 from kvstore.block import BlockHeader, EncodedBlock
-from kvstore.checked_copy import address_of, copy_checked_from
+from kvstore.checked_copy import Copies, address_of
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
@@ -29,7 +29,7 @@ from .line import Line, map_memory, receive_memory
 from .staging import Stage
 
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
-FIRST_BATCH_BYTES, LAST_BATCH_BYTES = 1 << 20, 32 << 20
+FIRST_BATCH_BYTES, BATCH_GROWTH, LAST_BATCH_BYTES = 8 << 20, 4, 32 << 20
 MAX_BATCH_KEYS = 512
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
@@ -143,19 +143,29 @@ class Door(Line):
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
         """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
         copied: list[tuple[int, EncodedBlock]] = []
-        marks: list[tuple[int, int]] = []
-        damage = ""
+        copies, ends, marks, damage = Copies(), [], [], ""
         try:
             for number, planned in enumerate(_parse_plan(answer, stop - first), first):
                 header = _parse_header(planned.header)
                 if not accept(number, header):
                     break
+                block, last = self._prepare(header, planned.runs, memory, copies)
+                copied.append((number, block))
+                ends.append(last)
                 marks.append(planned.mark)
-                copied.append((number, self._copy(header, planned.runs, memory)))
+        except CorruptBlockError as error:
+            damage = str(error)
+        crcs, whole = [*copies.make(), 0], 0
+        try:
+            for (_, block), last in zip(copied, ends, strict=True):
+                for layer, copy in enumerate(last, 1):
+                    block.header.check_layer(layer, crcs[copy])
+                whole += 1
         except CorruptBlockError as error:
             damage = str(error)
         sound = self._sound(marks)
-        return copied[:sound], damage if sound == len(marks) else ""  # a copy that another block was written over is none
+        # What another block was written over meanwhile is not damaged, but gone.
+        return copied[: min(whole, sound)], damage if sound >= min(whole + 1, len(marks)) else ""
 
     def _sound(self, marks: Sequence[tuple[int, int]]) -> int:
         """How many leading marks are as they were."""
@@ -167,25 +177,27 @@ class Door(Line):
         lost = self.arena.view(np.uint64)[places // MARK_BYTES] != states
         return int(lost.argmax()) if lost.any() else len(marks)
 
-    def _copy(self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver) -> EncodedBlock:
-        """One block out of the arena, every layer's CRC compared."""
+    def _prepare(
+        self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver, copies: Copies
+    ) -> tuple[EncodedBlock, list[int]]:
+        """One block as it will be once `copies` are made, and of each layer the number of the copy with its CRC; -1 for an empty one."""
         if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        payload, left, parts, stop = memory.take(header.payload_bytes), list(reversed(runs)), [], 0
-        for number, row in enumerate(header.rows[: header.present], 1):
+        payload, left, parts, ends, stop = memory.take(header.payload_bytes), list(reversed(runs)), [], [], 0
+        for row in header.rows[: header.present]:
             start = at = stop
-            stop, crc = start + row.size_bytes, 0
+            stop = start + row.size_bytes
             while at < stop:
                 offset, size = left.pop() if left else (0, 0)
                 if not 0 < size <= stop - at or offset + size > len(self.arena):
                     raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-                crc = copy_checked_from(payload[at:], self._address + offset, size, crc)
+                copies.add(payload[at:], self._address + offset, size, goes_on=at > start)
                 at += size
-            header.check_layer(number, crc)
+            ends.append(len(copies) - 1 if stop > start else -1)
             parts.append(payload[start:stop])
         if left:
             raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-        return EncodedBlock(header, tuple(parts))
+        return EncodedBlock(header, tuple(parts)), ends
 
     # ---- over the connection
 
@@ -292,6 +304,6 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     for at, more in enumerate(sizes):
         if at > first and (size + more > limit or at - first == MAX_BATCH_KEYS):
             yield first, at
-            first, size, limit = at, 0, min(2 * limit, LAST_BATCH_BYTES)
+            first, size, limit = at, 0, min(BATCH_GROWTH * limit, LAST_BATCH_BYTES)
         size += more
     yield first, len(sizes)

@@ -102,18 +102,17 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
     """The lease is over before the copy is."""
     blocks = chain(1, 3 * MIB)
     async with store("local") as (node, client):
-        hits, loop, copy = await stored(client, blocks), asyncio.get_running_loop(), Door._copy
+        hits, loop, sound = await stored(client, blocks), asyncio.get_running_loop(), Door._sound
 
         async def evict():
             node.engine._release_keys(node.engine.leases.expire(float("inf")))
             node.engine.evict([blocks[0].header.key])
 
-        def slow(self, *args):
-            block = copy(self, *args)
+        def late(self, marks):
             asyncio.run_coroutine_threadsafe(evict(), loop).result(5)
-            return block
+            return sound(self, marks)
 
-        monkeypatch.setattr(Door, "_copy", slow)
+        monkeypatch.setattr(Door, "_sound", late)
         assert not (await fetch(client, hits)).blocks
         node.engine.check()
 

@@ -9,14 +9,14 @@ import pytest
 from crc32c import crc32c
 
 from kvstore import checked_copy
-from kvstore.checked_copy import copy_checked
+from kvstore.checked_copy import Copies, address_of, copy_checked
 
 
 @pytest.fixture(params=["native", "pieces"])
 def way(request, monkeypatch):
     if request.param == "pieces":
-        monkeypatch.setattr(checked_copy, "_native", lambda: None)
-    elif checked_copy._native() is None:
+        monkeypatch.setattr(checked_copy, "_routine", lambda: checked_copy._in_pieces)
+    elif checked_copy._routine() is checked_copy._in_pieces:
         pytest.skip("this processor lacks the instructions")
 
 
@@ -47,6 +47,22 @@ def test_pieces_continue_each_other(way):
         crc = copy_checked(target[at:], piece, crc)
         at += len(piece)
     assert crc == crc32c(data) and target == data
+
+
+def test_many_at_once_each_with_a_sum_of_its_own_or_of_those_before(way):
+    rng = random.Random(2)
+    memory, target, copies, wanted = rng.randbytes(1 << 20), np.zeros(1 << 20, np.uint8), Copies(), []
+    at, crc = 0, 0
+    while at < len(memory) - 5000:
+        size, start = rng.choice((1, 7, 64, 65, rng.randrange(1, 5000))), rng.randrange(len(memory) - 5000)
+        goes_on = at > 0 and rng.random() < 0.5
+        copies.add(memoryview(target)[at:], address_of(memory) + start, size, goes_on)
+        crc = crc32c(memory[start : start + size], crc if goes_on else 0)
+        wanted.append((at, memory[start : start + size], crc))
+        at += size
+    assert list(copies.make()) == [crc for _, _, crc in wanted]
+    assert all(target[at : at + len(data)].tobytes() == data for at, data, _ in wanted) and not target[at:].any()
+    assert list(Copies().make()) == []
 
 
 def test_what_does_not_fit_or_cannot_be_written_is_refused(way):
