@@ -16,10 +16,11 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
     END                             STATUSES a status u8 for each PUT since the last END
     STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
                                     its descriptor; on the Unix socket only
-    OFFER  OFFERs, each with its header      STATUSES a status u8 for each: its payload lies in that memory
+    OFFER  OFFERs, each with its header      STATUSES a status u8 for each block that ends there: payloads lie in that memory
 
 A RUN is ``offset u64 | bytes u64`` in the arena. What is copied from it is the block's if the 8 bytes at ``mark`` still are ``state`` after
-the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``.
+the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``,
+of which the last may be the beginning of a block, and the first, without a header, what follows the beginning in the OFFER before.
 A refused HELLO, and any message that is none of these, ends the connection.
 """
 
@@ -85,7 +86,7 @@ def split_keys(body: memoryview) -> list[bytes]:
 
 
 def split_offers(body: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
-    """Tokens, offset, bytes and header of each block of an OFFER. Raises TransportError where one is cut short."""
+    """Tokens, offset, bytes and header of each piece of an OFFER. Raises TransportError where one is cut short."""
     at = 0
     while at < len(body):
         if at + OFFER.size > len(body):

@@ -96,7 +96,7 @@ class Door(Line):
         self.deadline = time.monotonic() + timeout_s
         if self._stage is None and self._peer.family == socket.AF_UNIX:
             self._stage = Stage.ask(self)
-        staged = self._stage is not None and all(self._stage.fits(block) for block, _ in blocks)
+        staged = self._stage is not None and self._stage.open
         statuses = self._stage.write(self, blocks) if staged else self._write_stream(blocks)
         if len(statuses) != len(blocks):
             raise TransportError(f"a node answered {len(statuses)} of {len(blocks)} blocks")

@@ -1,12 +1,12 @@
 """Puts to a node of this host: payloads are written into memory that both sides see, and only their headers go over the connection.
 
-The node copies them out, checks the copy, and says so; until then their half of the memory is not written again. The client fills one half
-while the node empties the other.
+The node copies them out, checks the copy, and says so; until then their slot of the memory is not written again. The client fills one
+slot while the node empties others; a block may go on in the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from kvstore.door import Kind
 from .buffers import ALIGNMENT
 from .line import Line, map_memory
 
+#: Parts of the memory that are filled and emptied in turns.
+SLOTS = 4
 #: The node begins after so many bytes, while the next are written.
 FIRST_BYTES = 1 << 20
 #: Blocks of one message.
@@ -29,50 +31,78 @@ class Stage:
     Parameters
     ----------
     memory : uint8 [bytes]
-        Writable, and shared with the node.
+        Writable, and shared with the node; empty where the node has none to give.
     """
 
     def __init__(self, memory: np.ndarray) -> None:
         self._memory = memory
-        self._half = len(memory) // 2
+        self._slot = len(memory) // SLOTS // ALIGNMENT * ALIGNMENT
+
+    @property
+    def open(self) -> bool:
+        """Whether there is memory to write to."""
+        return self._slot > 0
 
     @classmethod
     def ask(cls, line: Line) -> Stage:
-        """Ask the node for memory. One that has none to give answers with none, into which nothing fits."""
+        """Ask the node for memory."""
         line.send([door.message(Kind.STAGE)])
         size_bytes, descriptor = line.receive_memory(Kind.STAGED)
         return cls(np.empty(0, np.uint8) if descriptor is None else map_memory(descriptor, size_bytes, writable=True))
 
-    def fits(self, block: EncodedBlock) -> bool:
-        """Whether a block can go this way."""
-        return block.header.payload_bytes <= self._half
-
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
-        """Put blocks that fit. Returns a status for each."""
-        statuses, done, offered = bytearray(), 0, 0
-        while done < len(blocks):
-            if offered >= 2:  # this half is free when the message before the last has been answered
+        """Put blocks. Returns a status for each."""
+        statuses, offered, rest = bytearray(), 0, Rest(blocks)
+        while rest:
+            if offered >= SLOTS:  # this slot is free when the message that last used it has been answered
                 statuses += line.receive(Kind.STATUSES)
-            message, count = self._fill(offered % 2 * self._half, FIRST_BYTES if not offered else self._half, blocks[done:])
-            line.send([message])
-            done, offered = done + count, offered + 1
-        for _ in range(min(offered, 2)):
+            line.send([self._fill(offered % SLOTS * self._slot, self._slot if offered else min(FIRST_BYTES, self._slot), rest)])
+            offered += 1
+        for _ in range(min(offered, SLOTS)):
             statuses += line.receive(Kind.STATUSES)
         return bytes(statuses)
 
-    def _fill(self, start: int, limit: int, blocks: Sequence[tuple[EncodedBlock, int]]) -> tuple[bytes, int]:
-        """Copy the leading blocks to `start`, at least one. Returns the message that offers them, and their number."""
+    def _fill(self, start: int, limit: int, rest: Rest) -> bytes:
+        """Copy what is next to `start`, at most `limit` bytes of it. Returns the message that offers it."""
         parts: list[bytes] = []
-        at, count = start, 0
-        for block, tokens in blocks[:MAX_BLOCKS]:
-            size, header = block.header.payload_bytes, block.header.to_bytes()
-            if count and at - start + size > limit:
-                break
-            parts += (door.OFFER.pack(tokens, at, size, len(header)), header)
-            for layer in filter(len, block.payload):
-                source = np.frombuffer(layer, np.uint8)
+        at, stop = start, start + limit
+        while rest and at < stop and len(parts) < 2 * MAX_BLOCKS:
+            header, tokens = rest.header()
+            piece_at = at
+            for source in rest.take(stop - at):
                 self._memory[at : at + len(source)] = source
                 at += len(source)
+            parts += (door.OFFER.pack(tokens, piece_at, at - piece_at, len(header)), header)
             at = -(-at // ALIGNMENT) * ALIGNMENT
-            count += 1
-        return door.message(Kind.OFFER, *parts), count
+        return door.message(Kind.OFFER, *parts)
+
+
+class Rest:
+    """What of some blocks has not been written yet."""
+
+    def __init__(self, blocks: Sequence[tuple[EncodedBlock, int]]) -> None:
+        self._blocks = blocks
+        self._next = 0  # block
+        self._layers: list[np.ndarray] = []  # of the block that is being written, the next one last
+
+    def __bool__(self) -> bool:
+        return bool(self._layers) or self._next < len(self._blocks)
+
+    def header(self) -> tuple[bytes, int]:
+        """Header and tokens of the block that is next; no header in the middle of one."""
+        if self._layers:
+            return b"", self._blocks[self._next - 1][1]
+        block, tokens = self._blocks[self._next]
+        self._next += 1
+        self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
+        return block.header.to_bytes(), tokens
+
+    def take(self, limit: int) -> Iterator[np.ndarray]:
+        """The next pieces of the block that is being written, at most `limit` bytes in all."""
+        while self._layers and limit:
+            layer = self._layers.pop()
+            piece = layer[:limit]
+            if len(piece) < len(layer):
+                self._layers.append(layer[len(piece) :])
+            limit -= len(piece)
+            yield piece

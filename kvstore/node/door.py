@@ -184,8 +184,7 @@ class Guest:
         elif kind is Kind.STAGE and self._peer.family == socket.AF_UNIX and self._stage is None:
             self._open_stage()
         elif kind is Kind.OFFER and self._stage is not None and self._service.admitting:
-            outcome = await self._stage.take(body, Incoming(self._service, self._caller.tenant))
-            await self._send(door.message(Kind.STATUSES, bytes(outcome)))
+            await self._offer(body, self._stage)
         else:
             raise TransportError(f"{kind.name} is no request now")
 
@@ -281,11 +280,9 @@ class Guest:
             raise TransportError("this node takes no more blocks")
         (tokens,) = door.NUMBER.unpack_from(body)
         header_bytes = memoryview(bytes(body[door.NUMBER.size :]))
-        if self._incoming is None:
-            self._incoming = Incoming(self._service, self._caller.tenant)
-            self.write_ends = asyncio.get_running_loop().time() + self._service.engine.config.put_timeout_s
-            self._inbox.grow()
-        incoming, index = self._incoming, len(self._incoming.statuses) + self._incoming.open
+        self._inbox.grow()
+        incoming = self._begin_writing()
+        index = len(incoming.statuses) + incoming.open
         await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
         if incoming.header is None:
             raise TransportError("a block's header is damaged, and how much follows it is not known")
@@ -295,6 +292,20 @@ class Guest:
                 piece = await self._inbox.some(left)
                 await incoming.take(PutFrame(index, None, piece, 0))
                 left -= len(piece)
+
+    async def _offer(self, body: memoryview, stage: Stage) -> None:
+        incoming = self._begin_writing()
+        outcome = await stage.take(body, incoming)
+        if not incoming.open:
+            self._incoming = self.write_ends = None
+        await self._send(door.message(Kind.STATUSES, bytes(outcome)))
+
+    def _begin_writing(self) -> Incoming:
+        """What takes the blocks of the guest's write, which has a while to end from its beginning."""
+        if self._incoming is None:
+            self._incoming = Incoming(self._service, self._caller.tenant)
+            self.write_ends = asyncio.get_running_loop().time() + self._service.engine.config.put_timeout_s
+        return self._incoming
 
     async def _end(self) -> None:
         incoming, self._incoming, self.write_ends = self._incoming, None, None

@@ -50,26 +50,24 @@ class Stage:
         self._stages.count -= 1
 
     async def take(self, body: memoryview, incoming: Incoming) -> list[Status]:
-        """Take the blocks of an OFFER. Returns the outcome of each.
+        """Take the pieces of an OFFER. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
 
         Raises
         ------
         InvalidInputError, TransportError
             For what is no offer; blocks before it stay.
         """
-        copied = 0
-        try:
-            for index, (tokens, offset, size, header) in enumerate(door.split_offers(body)):
-                if size > STAGE_BYTES or offset > STAGE_BYTES - size:
-                    raise TransportError("an offer lies outside of its memory")
-                for at in range(0, max(size, 1), MAX_FRAME_BYTES):
-                    payload = self._view[offset + at : offset + min(size, at + MAX_FRAME_BYTES)]
-                    await incoming.take(PutFrame(index, None if at else header, payload, tokens))
-                copied += size
-                if copied >= FRAME_BYTES:
-                    copied = 0
-                    await asyncio.sleep(0)
-            incoming.finish()
-        finally:
-            incoming.abandon()
-        return incoming.statuses
+        copied, before = 0, len(incoming.statuses)
+        for tokens, offset, size, header in door.split_offers(body):
+            if size > STAGE_BYTES or offset > STAGE_BYTES - size:
+                raise TransportError("an offer lies outside of its memory")
+            first, index = header if len(header) else None, len(incoming.statuses) + (incoming.open and len(header) > 0)
+            for at in range(0, max(size, 1), MAX_FRAME_BYTES):
+                payload = self._view[offset + at : offset + min(size, at + MAX_FRAME_BYTES)]
+                await incoming.take(PutFrame(index, None if at else first, payload, tokens))
+            copied += size
+            if copied >= FRAME_BYTES:
+                copied = 0
+                await asyncio.sleep(0)
+        incoming.pause()
+        return incoming.statuses[before:]

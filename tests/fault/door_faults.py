@@ -92,11 +92,11 @@ class FlipStage(Fault):
     async def inject(self, system: System) -> None:
         fill = Stage._fill
 
-        def spoil(stage: Stage, start: int, limit: int, blocks):
-            message, count = fill(stage, start, limit, blocks)
+        def spoil(stage: Stage, start: int, limit: int, rest) -> bytes:
+            message = fill(stage, start, limit, rest)
             if _rng.random() < 0.3:
                 stage._memory[start + _rng.randrange(1000)] ^= 1 << _rng.randrange(8)
-            return message, count
+            return message
 
         self._patch = patch.object(Stage, "_fill", spoil)
         self._patch.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,22 +32,34 @@ def guest_of(node):
     return guest, map_memory(descriptor, size, writable=True) if size else None
 
 
-@pytest.mark.parametrize("size", [100, 70_000, 3 * MIB])
-async def test_blocks_that_are_put_on_the_same_host_come_back_as_they_were(size: int) -> None:
-    async with store() as (node, client):
-        blocks = chain(7, size=size)
+@pytest.mark.parametrize(("count", "size"), [(7, 100), (100, 70_000), (7, 3 * MIB), (7, 5 * MIB), (2, staging.STAGE_BYTES + 1)])
+async def test_blocks_that_are_put_on_the_same_host_come_back_as_they_were(count: int, size: int) -> None:
+    async with store(arena=128 * MIB) as (node, client):
+        blocks = chain(count, size=size)
         guest = await asyncio.to_thread(open_door, node.record, True, "", 30.0)
-        assert await asyncio.to_thread(guest.write, [(block, 0) for block in blocks], 60.0) == bytes([Status.OK] * 7)
-        assert all(guest._stage.fits(block) for block in blocks)
+        for expected in (Status.OK, Status.ALREADY_EXISTS):
+            assert await asyncio.to_thread(guest.write, [(block, 0) for block in blocks], 60.0) == bytes([expected] * count)
+        assert guest._stage.open
         guest.close()
         fetched = await fetch(client, await stored(client, blocks))
         assert [b"".join(block.payload) for block in fetched.blocks] == [b"".join(block.payload) for block in blocks]
 
 
-async def test_what_does_not_fit_goes_over_the_connection() -> None:
-    async with store(paths="local", arena=128 * MIB) as (_, client):
-        blocks = chain(2, size=staging.STAGE_BYTES // 2 + 1)
-        assert len((await fetch(client, await stored(client, blocks))).blocks) == 2
+async def test_a_guest_that_leaves_or_stands_still_within_a_block_leaves_nothing_behind() -> None:
+    async with store() as (node, _):
+        (block,) = chain(1, size=4000)
+        header = block.header.to_bytes()
+        for leaves in (True, False):
+            node.engine.config = replace(node.engine.config, put_timeout_s=0.2)
+            guest, _ = await asyncio.to_thread(guest_of, node)
+            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, door.OFFER.pack(0, 0, 1000, len(header)), header)])
+            assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == b""
+            assert node.engine.reserved_bytes
+            if leaves:
+                guest.close()
+            while node.engine.reserved_bytes:
+                await asyncio.sleep(0.02)
+            guest.close()
 
 
 async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(monkeypatch) -> None:
@@ -55,9 +68,10 @@ async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(m
         (block,) = chain(1, size=4000)
         right, write = np.frombuffer(b"".join(block.payload), np.uint8), Arena.write
 
-        def late(arena, extents, offset, data):
-            write(arena, extents, offset, data)
+        def late(arena, extents, offset, data, crc):
+            crc = write(arena, extents, offset, data, crc)
             memory[: len(right)] = right
+            return crc
 
         monkeypatch.setattr(Arena, "write", late)
         header = block.header.to_bytes()
@@ -79,6 +93,7 @@ async def test_offers_that_are_none_end_the_connection() -> None:
             [door.OFFER.pack(0, 2**64 - 1, 4000, len(header)), header],
             [door.OFFER.pack(0, 0, 2**64 - 1, len(header)), header],
             [door.OFFER.pack(0, 0, 4000, len(header) + 1), header],
+            [door.OFFER.pack(0, 0, 4000, 0)],
             [b"short"],
         ):
             guest, _ = await asyncio.to_thread(guest_of, node)

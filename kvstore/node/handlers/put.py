@@ -65,6 +65,7 @@ class Incoming:
         self._last_key = b""
         self.open = False
         self.header: BlockHeader | None = None
+        self._left = 0  # bytes of it that have not come
         self._reservation: Reservation | None = None
         self._writer: BlockWriter | None = None
         self._refusal = Status.DATA_LOSS
@@ -87,11 +88,18 @@ class Incoming:
             self._begin(frame.header, frame.input_tokens)
         elif not self.open or frame.index != len(self.statuses):
             raise InvalidInputError(f"payload of block {frame.index} came without its header; send the header in the block's first frame")
+        self._left -= len(frame.payload)
         if self._reservation is not None and len(frame.payload):
             try:
                 await self._service.copier.write(self._writer, frame.payload)
             except CorruptBlockError:
                 self._refuse()
+
+    def pause(self) -> None:
+        """What has come for the moment: as `finish`, but for a block of which more is to come."""
+        if self.header is None or self._left <= 0:
+            self._close()
+        self._commit()
 
     def finish(self) -> None:
         """End the stream: commit the block that is open, if all of it has come, and those before it."""
@@ -140,6 +148,7 @@ class Incoming:
         if header is None:
             self._refuse()
             return
+        self._left = header.payload_bytes
         if len(self._waiting) == MAX_WAITING or header.key in self._waiting or not engine.can_wait(header):
             self._commit()
         if self._request is None or header.parent != self._last_key:
