@@ -20,14 +20,20 @@ _CELLS, _YOUNG = 48, 16
 
 
 class _Group:
-    """Cells by time: where each starts, and its queue. `newest` is the latest time that was ever added."""
+    """Cells by time: where each starts, and its queue. `newest` is the latest time that was ever added.
 
-    __slots__ = ("newest", "queues", "starts")
+    `old` and `young` are the ends when the group was last priced, in which `round` of prices, and what they cost.
+    """
+
+    __slots__ = ("newest", "old", "old_price", "queues", "round", "starts", "young", "young_price")
 
     def __init__(self) -> None:
         self.newest = float("-inf")
         self.starts: list[float] = []
         self.queues: list[int] = []
+        self.round = 0
+        self.old = self.young = -1
+        self.old_price = self.young_price = 0.0
 
 
 class Candidates:
@@ -57,6 +63,7 @@ class Candidates:
         self._heap: list[tuple[float, int]] = []
         self._dirty: set[int] = set()
         self._priced_at = float("-inf")
+        self._round, self._round_at = 1, float("-inf")
 
     def reserve(self, slots: int) -> None:
         """Make room for slots below `slots`."""
@@ -81,6 +88,8 @@ class Candidates:
             self._queues.append(queue, slot)
         else:
             self._queues.prepend(queue, slot)
+        if slot == group.old or slot == group.young:
+            group.round = 0  # it comes back, perhaps with another price
         self._listed[slot] = 1
         self._dirty.add(number)
 
@@ -101,26 +110,28 @@ class Candidates:
 
     def stale(self) -> None:
         """The prices changed: all groups are priced afresh at the next `cheapest`."""
-        self._priced_at = float("-inf")
+        self._priced_at = self._round_at = float("-inf")
 
     def cheapest(self, now: float) -> tuple[float, int] | None:
         """Price and slot of the cheapest end of any group; None when nothing is listed."""
-        heap, prices = self._heap, self._prices
+        heap, prices, ends = self._heap, self._prices, self._ends
+        if now != self._round_at:
+            self._round, self._round_at = self._round + 1, now
         if now - self._priced_at >= self._refresh_s:
             self._priced_at = now
             self._dirty.update(range(len(self._groups)))
             heap.clear()
         elif len(heap) > 8 * len(prices) + 256:
-            heap[:] = sorted((prices[number], number) for number in range(len(prices)) if self._ends[number] >= 0)
+            heap[:] = sorted((prices[number], number) for number in range(len(prices)) if ends[number] >= 0)
         for number in self._dirty:
             self._reprice(number, now)
-            if self._ends[number] >= 0:
+            if ends[number] >= 0:
                 heappush(heap, (prices[number], number))
         self._dirty.clear()
         while heap:
             price, number = heap[0]
             if prices[number] == price:
-                return price, self._ends[number]
+                return price, ends[number]
             heappop(heap)  # the group was priced again since
         return None
 
@@ -129,13 +140,14 @@ class Candidates:
         if not group.queues:
             self._prices[number], self._ends[number] = float("inf"), -1
             return
-        oldest, youngest = self._queues.head[group.queues[0]], self._queues.tail[group.queues[-1]]
-        price = self._price(oldest, now)
-        if youngest != oldest:
-            young = self._price(youngest, now)
-            if young < price:
-                price, oldest = young, youngest
-        self._prices[number], self._ends[number] = price, oldest
+        oldest, youngest, round = self._queues.head[group.queues[0]], self._queues.tail[group.queues[-1]], self._round
+        if group.round != round or group.old != oldest:
+            group.old, group.old_price = oldest, self._price(oldest, now)
+        if group.round != round or group.young != youngest:
+            group.young, group.young_price = youngest, group.old_price if youngest == oldest else self._price(youngest, now)
+        group.round = round
+        young = group.young_price < group.old_price
+        self._prices[number], self._ends[number] = (group.young_price, youngest) if young else (group.old_price, oldest)
 
     def _cell(self, group: _Group, time: float) -> int:
         """The queue for blocks last used at `time`; a new one where it is later, or earlier, than all before."""

@@ -96,6 +96,7 @@ class ValuePolicy(EvictionPolicy):
         self._base: int | None = None  # class of the request under way for blocks used once
         self._turn_now, self._pace_now = 1, 0
         self._now = 0.0
+        self._victim = NONE  # the slot last named
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         self._now = now = max(request.now, self._now)
@@ -123,8 +124,8 @@ class ValuePolicy(EvictionPolicy):
         found = self._candidates.cheapest(max(now, self._now))
         if found is None:
             return None
-        value, slot = found
-        return Victim(self.table.ids[slot], self.table.step(slot).rung, value)
+        value, self._victim = found
+        return Victim(self.table.ids[self._victim], self.table.step(self._victim).rung, value)
 
     def worth(self, request: Request, block: BlockInfo) -> float:
         ghost = self._ghosts.find(block.id)
@@ -154,7 +155,7 @@ class ValuePolicy(EvictionPolicy):
         self.model.heed(lessons)
 
     def removed(self, id: BlockId) -> None:
-        slot = self.table.find(id)
+        slot = self._find(id)
         if slot < 0:
             return
         self._candidates.remove(self._key(slot), slot)
@@ -169,7 +170,7 @@ class ValuePolicy(EvictionPolicy):
             self._offer(parent)
 
     def demoted(self, id: BlockId, rung: int) -> None:
-        slot = self.table.find(id)
+        slot = self._find(id)
         if slot >= 0:
             self._candidates.remove(self._key(slot), slot)
             self.table.rung[slot] = rung
@@ -189,6 +190,11 @@ class ValuePolicy(EvictionPolicy):
             slot = self.table.find(id)
             if slot >= 0:
                 self._offer(slot)
+
+    def _find(self, id: BlockId) -> int:
+        """`table.find`, quickly for the last victim."""
+        slot, table = self._victim, self.table
+        return slot if slot >= 0 and table.ids[slot] == id and table.resident[slot] else table.find(id)
 
     def _enter(self, blocks: Sequence[BlockInfo], now: float, begins: bool) -> tuple[list[int], int]:
         """Make all blocks resident and count uses; whether a request `begins` with them.
@@ -281,11 +287,11 @@ class ValuePolicy(EvictionPolicy):
 
     def _offer(self, slot: int) -> None:
         """List the block as a candidate if its next step may be taken."""
-        table = self.table
-        if slot in self._candidates:
+        table, shape, rung = self.table, self.table.shape[slot], self.table.rung[slot]
+        if slot in self._candidates or table.is_held(slot):
             return
-        if (not table.children[slot] or table.step(slot).rung is not None) and not table.is_held(slot):
-            self._candidates.add(self._key(slot), slot)
+        if not table.children[slot] or table.steps.rows[shape][rung].rung is not None:
+            self._candidates.add((self._class[slot] << 8 | shape) * _RUNGS + rung, slot)
 
     def _retract(self, parent: int) -> None:
         """The block in slot `parent` (or -1) got a child: it may no longer be dropped."""

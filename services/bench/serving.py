@@ -23,6 +23,8 @@ BATCHES = (1, 4, 8, 16)
 PROMPT_TOKENS = 64
 #: Tokens of the prompt whose prefill is timed.
 LONG_PROMPT = 2048
+#: Calls of one protocol before it is the other's turn: a server is as warm as it is among requests of its own kind.
+CALLS_IN_TURN = 10
 _ARENA_BYTES = 64 << 20
 
 
@@ -122,7 +124,7 @@ def _quotient(result: Result, above: str, below: str) -> float:
 
 
 def _network(result: Result, running: Any, calls: int) -> None:
-    """Milliseconds that one short request takes beyond what the engine reports, through gRPC and through HTTP in turns."""
+    """Milliseconds that one short request takes beyond what the engine reports, through gRPC and through HTTP, some of each in turns."""
     import openai
 
     from protos.concertina.inference.v1 import inference_pb2 as pb
@@ -134,17 +136,19 @@ def _network(result: Result, running: Any, calls: int) -> None:
     client = openai.OpenAI(base_url=f"{running.http}/v1", api_key="none", max_retries=0)
     with channel(running.inference) as opened:
         stub = rpc.InferenceServiceStub(opened)
-        for number in range(-5, calls):
-            began = time.perf_counter()
-            answer = stub.Generate(request, timeout=60)
-            took_ms = 1e3 * (time.perf_counter() - began)
-            began = time.perf_counter()
-            client.completions.create(model=running.model, prompt=request.text, max_tokens=1, temperature=0)
-            http_ms = 1e3 * (time.perf_counter() - began)
-            if number >= 0:
-                samples["grpc.call_ms"].append(took_ms)
-                samples["grpc.overhead_ms"].append(took_ms - answer.timing.total_ms)
-                samples["http.call_ms"].append(http_ms)
+        for number in range(-1, -(-calls // CALLS_IN_TURN)):
+            for _ in range(CALLS_IN_TURN):
+                began = time.perf_counter()
+                answer = stub.Generate(request, timeout=60)
+                took_ms = 1e3 * (time.perf_counter() - began)
+                if number >= 0:
+                    samples["grpc.call_ms"].append(took_ms)
+                    samples["grpc.overhead_ms"].append(took_ms - answer.timing.total_ms)
+            for _ in range(CALLS_IN_TURN):
+                began = time.perf_counter()
+                client.completions.create(model=running.model, prompt=request.text, max_tokens=1, temperature=0)
+                if number >= 0:
+                    samples["http.call_ms"].append(1e3 * (time.perf_counter() - began))
     result.samples |= samples
     engine_ms = statistics.median(samples["grpc.call_ms"]) - statistics.median(samples["grpc.overhead_ms"])
     result.rows.append({

@@ -87,7 +87,7 @@ def _replicas(args: WorkerArgs) -> dict[str, Any]:
     graceful_shutdown_wait_loop_s=0.5,
     health_check_period_s=5,
     request_router_config=RequestRouterConfig(request_router_class="services.worker.router.PrefixRouter"),
-    logging_config=LOGGING,
+    logging_config=LOGGING | {"log_level": "WARNING"},  # of Serve's own lines in a replica, one a request, made even where none is written
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_S["RESOURCE_EXHAUSTED"]),
 )
 class Worker:
