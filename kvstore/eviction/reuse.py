@@ -45,7 +45,7 @@ class ReuseModel:
     """
 
     def __init__(self, groups: list[int], prior_requests: float = 5.0, memory: float = 1.0) -> None:
-        self.groups = np.array(groups)
+        self._members = [np.array(groups) == group for group in sorted(set(groups))]  # by class
         self.prior_requests = prior_requests
         self.memory = memory
         shape = (len(groups), len(EDGES_S))
@@ -79,8 +79,7 @@ class ReuseModel:
         exposure_s = beyond * _WIDTH_S + ends * _WIDTH_S / 2
         prior_uses = self.prior_requests * max(self._uses.sum() / self._requests, 1.0)
         hazard = np.empty_like(exposure_s)
-        for group in np.unique(self.groups):
-            of = self.groups == group
+        for of in self._members:
             base = (uses[of].sum(0) + 0.02) / (exposure_s[of].sum(0) + 20.0 * (_AGE_S + 1.0))
             prior_s = prior_uses / base
             hazard[of] = (uses[of] + prior_uses) / (exposure_s[of] + prior_s)
