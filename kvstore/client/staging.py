@@ -17,8 +17,9 @@ from kvstore.door import Kind
 from .buffers import ALIGNMENT
 from .line import Line, map_memory
 
-#: Parts of the memory that are filled and emptied in turns.
-SLOTS = 4
+#: Parts of the memory that are filled and emptied in turns. With more and smaller ones the node commits more often, which costs more than
+#: what could be done side by side.
+SLOTS = 2
 #: The node begins after so many bytes, while the next are written.
 FIRST_BYTES = 1 << 20
 #: Blocks of one message.
