@@ -144,8 +144,7 @@ define void @copy_rows(i64 %table, i64 %rows) {{
 
 
 def _assembly() -> list[str]:
-    """Row in r9, rows left in r10. A row's: to rdi, from rsi, bytes rdx, CRC eax; remainders in xmm0 to xmm3, the multipliers in xmm8."""
-    remainders = range(4)
+    """Row in r9, rows left in r10. A row's: to rdi, from rsi, bytes rdx, CRC eax."""
     return [
         "movq %rdi, %r9",
         "movq %rsi, %r10",
@@ -157,6 +156,21 @@ def _assembly() -> list[str]:
         "btq $32, %rcx",
         "cmovncl %ecx, %eax",  # else the CRC of the row before
         "notl %eax",
+        *_copy_steps(),
+        *_copy_rest(),
+        "notl %eax",
+        "movl %eax, %ecx",
+        "movq %rcx, 24(%r9)",
+        "addq $32, %r9",
+        "decq %r10",
+        "jne 0b",
+    ]
+
+
+def _copy_steps() -> list[str]:
+    """As many whole steps as there are: remainders in xmm0 to xmm3, what they are multiplied by in xmm8."""
+    remainders = range(4)
+    return [
         f"cmpq ${_STEP}, %rdx",
         "jb 3f",
         *_multipliers(8 * _STEP),
@@ -186,6 +200,12 @@ def _assembly() -> list[str]:
         "psrldq $8, %xmm0",
         "movq %xmm0, %r8",
         "crc32q %r8, %rax",
+    ]
+
+
+def _copy_rest() -> list[str]:
+    """What is less than a step: by 8 bytes, then one by one."""
+    return [
         "3:",
         "cmpq $8, %rdx",
         "jb 4f",
@@ -203,12 +223,6 @@ def _assembly() -> list[str]:
         *_advance(1),
         "jmp 4b",
         "5:",
-        "notl %eax",
-        "movl %eax, %ecx",
-        "movq %rcx, 24(%r9)",
-        "addq $32, %r9",
-        "decq %r10",
-        "jne 0b",
     ]
 
 
