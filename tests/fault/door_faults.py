@@ -40,7 +40,7 @@ class SlowReader(Fault):
     lasts_s = 0.0
 
     async def inject(self, system: System) -> None:
-        record = system.client.nodes()[0]
+        record = system.living()[0]
         blocks = chain(system.fresh(), 24, 100_000)
         await system.client.flush(1.0)
         system.client.publish(blocks)
@@ -72,7 +72,7 @@ class StillGuest(Fault):
     way = "tcp"
 
     async def inject(self, system: System) -> None:
-        record = system.client.nodes()[0]
+        record = system.living()[0]
         one, other = chain(system.fresh(), 2)
         self._guest = await asyncio.to_thread(open_door, record, False, "", 2.0)
         self._other = await asyncio.to_thread(open_door, record, False, "", 2.0)

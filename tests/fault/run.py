@@ -60,8 +60,7 @@ async def healthy(system: System, load: Load, when: str) -> bool:
         while not await _readable(load, await load.write(4)):
             if time.monotonic() > deadline:
                 raise TimeoutError("what was just written cannot be read")
-        living = {node.incarnation for node in system.nodes.values()}
-        for record in [record for record in system.client.nodes() if record.incarnation in living]:
+        for record in system.living():
             await _settled(system, record, deadline)
     except (TimeoutError, ConcertinaError) as error:
         load.outcome.blame("unhealthy", f"{when}: {error}")

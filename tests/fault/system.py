@@ -199,6 +199,11 @@ class System:
         await node.stop_proxies()
         return node
 
+    def living(self) -> list[NodeRecord]:
+        """The nodes whose processes run, as the client knows them; it lists one that was killed for a while longer."""
+        here = {node.incarnation for node in self.nodes.values()}
+        return [record for record in self.client.nodes() if record.incarnation in here]
+
     async def account(self, record: NodeRecord) -> pb.StatsResponse:
         """A node's account of its memory."""
         return await self.client.admin.stats(record)

@@ -73,7 +73,7 @@ class SlowReader(Fault):
     lasts_s = 0.0
 
     async def inject(self, system: System) -> None:
-        record = system.client.nodes()[0]
+        record = system.living()[0]
         blocks = chain(system.fresh(), 24, 200_000)
         known = {block.header.key: block for block in blocks}
         with suppress(ConcertinaError):
@@ -92,7 +92,7 @@ class CorruptPut(Fault):
     """Blocks are put whose bytes do not certify themselves: none may be kept."""
 
     async def inject(self, system: System) -> None:
-        record = system.client.nodes()[0]
+        record = system.living()[0]
         blocks = chain(system.fresh(), 4)
         messages = []
         for message in put_messages((block, 0) for block in blocks):
