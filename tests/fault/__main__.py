@@ -48,23 +48,25 @@ def main() -> int:
 async def _run(directory: Path, names: Iterable[str], repetitions: int) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     system: System | None = None
-    for name in sorted(names, key=lambda name: FAULTS[name].spill):
-        fault = FAULTS[name]
-        if system is None or system.spill != fault.spill:
-            if system is not None:
+    try:
+        for name in sorted(names, key=lambda name: FAULTS[name].spill):
+            fault = FAULTS[name]
+            if system is None or system.spill != fault.spill:
+                if system is not None:
+                    await system.stop()
+                system = System(directory, fault.spill)
+                await system.start()
+            if why_not := fault.available(system):
+                print(f"{name}: not here, {why_not}", file=sys.stderr)
+                continue
+            outcome = outcomes[name] = await repeat(system, fault, repetitions)
+            print(f"{name}: {asdict(outcome)}", file=sys.stderr)
+            if outcome.unhealthy:  # the others deserve a well system
                 await system.stop()
-            system = System(directory, fault.spill)
-            await system.start()
-        if why_not := fault.available(system):
-            print(f"{name}: not here, {why_not}", file=sys.stderr)
-            continue
-        outcome = outcomes[name] = await repeat(system, fault, repetitions)
-        print(f"{name}: {asdict(outcome)}", file=sys.stderr)
-        if outcome.unhealthy:  # the others deserve a well system
+                system = None
+    finally:
+        if system is not None:
             await system.stop()
-            system = None
-    if system is not None:
-        await system.stop()
     return outcomes
 
 
