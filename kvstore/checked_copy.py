@@ -20,7 +20,8 @@ from functools import cache
 import numpy as np
 from crc32c import crc32c
 
-Buffer = bytes | bytearray | memoryview
+from .block import Buffer
+
 _POLYNOMIAL = 0x82F63B78
 #: Bytes that are copied and then checked while the processor's cache still holds them.
 _PIECE_BYTES = 256 << 10
@@ -79,6 +80,11 @@ class Copies:
         if self._rows:
             _routine()(self._rows.buffer_info()[0], len(self))
         return self._rows[3::4]
+
+
+def prepare() -> None:
+    """Have the machine code ready, which takes 0.1 s once: for a program's start, so that the first copy does not wait."""
+    _routine()
 
 
 def address_of(memory: Buffer | np.ndarray) -> int:

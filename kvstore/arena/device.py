@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from kvstore.checked_copy import copy_checked
+from kvstore.block import Buffer
+from kvstore.checked_copy import copy_checked, prepare
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size
 
@@ -31,7 +32,6 @@ from .pages import Extent
 if TYPE_CHECKING:
     import torch
 
-Buffer = bytes | bytearray | memoryview
 #: Memory that stays free for the rest of the machine when an arena is made.
 HEADROOM_BYTES = 64 << 20
 MARK_BYTES = 8
@@ -63,6 +63,11 @@ class Arena:
     def tensor(self) -> torch.Tensor:
         """The whole arena, uint8 [size_bytes]; shares memory."""
         raise NotImplementedError
+
+    @property
+    def marks_at(self) -> int:
+        """Where in the shared memory the marks begin."""
+        return -(-self.size_bytes // MARK_BYTES) * MARK_BYTES
 
     def write(self, extents: Sequence[Extent], offset: int, data: Buffer, crc: int = 0) -> int:
         """Copy `data` to the place `offset` bytes into `extents`. The copy runs without the interpreter lock.
@@ -124,6 +129,7 @@ class CpuArena(Arena):
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         super().__init__(size_bytes, page_bytes)
+        prepare()
         #: With the marks, which lie behind the last page.
         self.shared_bytes = self.marks_at + self.pages * MARK_BYTES
         self.fd = sealed_memory("concertina-arena", self.shared_bytes)
@@ -137,11 +143,6 @@ class CpuArena(Arena):
         import torch
 
         return torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes)
-
-    @property
-    def marks_at(self) -> int:
-        """Where in the shared memory the marks begin."""
-        return -(-self.size_bytes // MARK_BYTES) * MARK_BYTES
 
     def _store(self, start: int, data: memoryview, crc: int) -> int:
         return copy_checked(self._view[start : start + len(data)], data, crc)

@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from kvstore.arena import Arena, Extent
-from kvstore.block import BlockHeader
+from kvstore.block import BlockHeader, Buffer
 from kvstore.errors import InvalidInputError
 
 from .config import FRAME_BYTES
 
-Buffer = bytes | bytearray | memoryview
 Layers = Sequence[tuple[Extent, ...]]
 
 

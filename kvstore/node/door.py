@@ -282,7 +282,7 @@ class Guest:
         header_bytes = memoryview(bytes(body[door.NUMBER.size :]))
         self._inbox.grow()
         incoming = self._begin_writing()
-        index = len(incoming.statuses) + incoming.open
+        index = incoming.next_index
         await incoming.take(PutFrame(index, header_bytes, header_bytes[:0], tokens))
         if incoming.header is None:
             raise TransportError("a block's header is damaged, and how much follows it is not known")

@@ -61,7 +61,7 @@ class Stage:
         for tokens, offset, size, header in door.split_offers(body):
             if size > STAGE_BYTES or offset > STAGE_BYTES - size:
                 raise TransportError("an offer lies outside of its memory")
-            first, index = header if len(header) else None, len(incoming.statuses) + (incoming.open and len(header) > 0)
+            first, index = (header, incoming.next_index) if len(header) else (None, len(incoming.statuses))
             for at in range(0, max(size, 1), MAX_FRAME_BYTES):
                 payload = self._view[offset + at : offset + min(size, at + MAX_FRAME_BYTES)]
                 await incoming.take(PutFrame(index, None if at else first, payload, tokens))

@@ -101,8 +101,8 @@ class Entry:
 
     @property
     def first_page(self) -> int:
-        """Raises StopIteration for a block without pages."""
-        return next(extent.start for layer in self.layers for extent in layer)
+        """0 for a block without pages."""
+        return next((extent.start for layer in self.layers for extent in layer), 0)
 
     @property
     def key(self) -> bytes:

@@ -71,6 +71,11 @@ class Incoming:
         self._refusal = Status.DATA_LOSS
         self._waiting: dict[bytes, tuple[int, Reservation]] = {}  # by key
 
+    @property
+    def next_index(self) -> int:
+        """Index of a block that begins now."""
+        return len(self.statuses) + self.open
+
     async def take(self, frame: PutFrame) -> None:
         """Take the next frame.
 
