@@ -3,8 +3,7 @@
 All of it is soft state. A node announces its blocks and beats; whoever reads it treats an entry whose incarnation is not that of
 a living node as absent. Losing everything costs hits until the nodes have announced again, never a wrong answer.
 
-A block's parent is not in the index: 32 more bytes for each holder would push the buckets out of Redis' compact encoding, and the
-reader has just computed the whole chain from its tokens, so it checks the parent in the block's own header.
+A block's parent is not in the index: it would cost as much as two more holders, and the reader has just computed the whole chain from its tokens, so it checks the parent in the block's own header.
 """
 
 from __future__ import annotations
@@ -165,12 +164,12 @@ class Metadata(ABC):
         cursor : int
             0 to begin, then what the call before returned.
         limit : int
-            Bounds the work of this call (buckets, in Redis), not the number of entries.
+            Blocks to look at, about.
 
         Returns
         -------
         list of (key, holders), int
-            And the next cursor, 0 after the last part. Entries that change meanwhile may be missed.
+            And the next cursor, 0 after the last part. Entries that change meanwhile may be missed, or found twice.
         """
 
     @abstractmethod

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import hiredis
-import numpy as np
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from kvstore.errors import ConcertinaError, ConfigError, DeadlineError, TransportError, error_for_status
@@ -81,28 +79,6 @@ def _tls_context(parts: dict[str, Any]) -> ssl.SSLContext:
 def pack(*words: bytes | str | int) -> bytes:
     """One command as RESP bytes."""
     return hiredis.pack_command(words)
-
-
-class Rows(Sequence[bytes]):
-    """Packed commands of one length: thousands of lookups are written and joined at once.
-
-    Parameters
-    ----------
-    rows : uint8 [commands, bytes]
-    """
-
-    def __init__(self, rows: np.ndarray) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> bytes:
-        return self._rows[number].tobytes()
-
-    def joined(self) -> bytes:
-        """All commands."""
-        return self._rows.tobytes()
 
 
 def error_of_reply(reply: Exception) -> ConcertinaError:

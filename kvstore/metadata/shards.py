@@ -7,7 +7,8 @@ whole costs one round trip. Redirections (a slot has moved, or is moving) are fo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from redis.crc import key_slot
 
 from kvstore.errors import ConcertinaError, TransportError
 
-from .resp import Endpoint, RespConnection, Rows, error_of_exception, error_of_reply, open_connection, pack
+from .resp import Endpoint, RespConnection, error_of_exception, error_of_reply, open_connection, pack
 
 SLOTS = 16_384
 _ASKING = pack("ASKING")
@@ -54,14 +55,28 @@ class Shards:
         DeadlineError, TransportError, AuthenticationError, PermissionDeniedError, CapacityError
             When any command cannot be answered; others of the same call may have taken effect.
         """
+        async with self._bounded(len(commands)) as used:
+            await self._topology()
+            return await self._run(commands, keys, used)
+
+    async def ask(self, member: Endpoint, command: bytes) -> Any:
+        """The reply of one server to a packed command about all that it holds. Raises as `run` does."""
+        async with self._bounded(1) as used:
+            (reply,) = await self._send(member, [command], used)
+            if isinstance(reply, ReplyError):
+                raise error_of_reply(reply)
+            return reply
+
+    @asynccontextmanager
+    async def _bounded(self, commands: int) -> AsyncIterator[set[Endpoint]]:
+        """A deadline for so many commands. Gives a set for the servers that are asked: when one fails, their connections go."""
         used: set[Endpoint] = set()
         try:
             async with asyncio.timeout(self.timeout_s):
-                await self._topology()
-                return await self._run(commands, keys, used)
+                yield used
         except TimeoutError as error:
             self._drop(used)
-            raise error_of_exception(error, f"{self.timeout_s:g} s for {len(commands)} commands") from error
+            raise error_of_exception(error, f"{self.timeout_s:g} s for {commands} commands") from error
         except TransportError:
             self._drop(used)  # a server that was demoted answers READONLY for ever: the next call connects anew
             raise
@@ -102,8 +117,7 @@ class Shards:
         used.add(member)
         connection = await self._connection(member)
         self.round_trips += 1
-        packed = commands.joined() if isinstance(commands, Rows) else b"".join(commands)
-        return await connection.submit(packed, len(commands))
+        return await connection.submit(b"".join(commands), len(commands))
 
     async def _scatter(self, commands: Sequence[bytes], keys: Sequence[bytes], which: Sequence[int], used: set[Endpoint]) -> list[Any]:
         """Send the commands numbered `which` to the owners of their keys, all at once; replies in the order of `which`."""

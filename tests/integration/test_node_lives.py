@@ -22,7 +22,6 @@ from kvstore.errors import ConcertinaError
 from kvstore.metadata import IndexEntry, Metadata, NodeRecord, connect
 from kvstore.metadata.embedded import EmbeddedValkey, start_valkey
 from kvstore.metadata.reconcile import GRACE_S, Reconciler
-from kvstore.metadata.redis import BUCKET_BITS
 from kvstore.node.announce import SLICE_KEYS, SLICE_PAUSE_S, Announcer
 from kvstore.node.spill.journal import Journal
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -160,7 +159,7 @@ async def test_a_killed_nodes_rows_are_removed_by_the_others(valkey: EmbeddedVal
             await living.stub.Put(frames(CHAINS[0]), timeout=20)
             await until(lambda: held(metadata, living.incarnation), 4)
             clock = ManualClock()
-            reconciler = Reconciler(metadata, living.incarnation, clock, step_buckets=1 << BUCKET_BITS)
+            reconciler = Reconciler(metadata, living.incarnation, clock, step_blocks=1000)
             assert await reconciler.step()
             assert await held(metadata, dead.incarnation), "it may only be slow"
             clock.advance(GRACE_S + 1)

@@ -29,7 +29,7 @@ async def test_entries_of_the_dead_go_after_the_grace_and_no_others():
     alive, shared, orphaned = keys(5), keys(6), keys(7)
     await metadata.announce(HIGH, [IndexEntry(k, 1, 1) for k in alive + shared])
     await metadata.announce(DEAD, [IndexEntry(k, 1, 1) for k in shared + orphaned])
-    walker = Reconciler(metadata, LOW, clock, step_buckets=1000)
+    walker = Reconciler(metadata, LOW, clock, step_blocks=1000)
     assert await walker.step()
     clock.advance(GRACE_S - 1)
     await walker.step()
@@ -69,7 +69,7 @@ async def test_the_walk_goes_over_the_whole_index_in_parts():
     clock = ManualClock()
     metadata = await cluster(clock)
     await metadata.announce(DEAD, [IndexEntry(k, 1, 1) for k in keys(40)])
-    walker = Reconciler(metadata, LOW, clock, step_buckets=7)
+    walker = Reconciler(metadata, LOW, clock, step_blocks=7)
     await walker.step()
     clock.advance(GRACE_S + 1)
     for _ in range(12):

@@ -42,14 +42,14 @@ async def server(answer):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def scripted(reply_to_hget):
-    """Answers the handshake as a single Redis does, and every HGET with the given bytes."""
+def scripted(reply_to_mget):
+    """Answers the handshake as a single Redis does, and every MGET with the given bytes."""
 
     async def answer(writer, words):
         if words[0] == b"CLUSTER":
             writer.write(b"-ERR This instance has cluster support disabled\r\n")
         else:
-            writer.write(reply_to_hget if words[0] == b"HGET" else b"+OK\r\n")
+            writer.write(reply_to_mget if words[0] == b"MGET" else b"+OK\r\n")
 
     return answer
 
@@ -64,16 +64,16 @@ async def locate(reply, timeout_s=1.0):
 
 
 async def test_a_holder_is_unpacked():
-    assert await locate(b"$13\r\n" + HOLDER + b"\r\n") == [(("ab" * 8, 123, 2),)]
+    assert await locate(b"*1\r\n$13\r\n" + HOLDER + b"\r\n") == [(("ab" * 8, 123, 2),)]
 
 
 @pytest.mark.parametrize(
-    "reply",
+    "value",
     [b"$-1\r\n", b"$0\r\n\r\n", b"$12\r\n" + HOLDER[:12] + b"\r\n", b"$65\r\n" + 5 * HOLDER + b"\r\n", b":7\r\n", b"*1\r\n$1\r\nx\r\n"],
     ids=["nil", "empty", "cut", "five holders", "number", "array"],
 )
-async def test_a_value_that_is_not_ours_is_no_holder(reply):
-    assert await locate(reply) == [()]
+async def test_a_value_that_is_not_ours_is_no_holder(value):
+    assert await locate(b"*1\r\n" + value) == [()]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ async def test_a_value_that_is_not_ours_is_no_holder(reply):
         (b"-LOADING Redis is loading\r\n", TransportError),
         (b"-WRONGTYPE Operation against a key\r\n", TransportError),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", TransportError),
-        (b"+OK\r\n+OK\r\n+OK\r\n", None),
+        (b"+OK\r\n", TransportError),
+        (b"*2\r\n$-1\r\n$-1\r\n", TransportError),
+        (b"*1\r\n$-1\r\n+OK\r\n+OK\r\n", None),
         (b"", DeadlineError),
     ],
 )
@@ -122,8 +124,8 @@ async def test_after_a_deadline_the_connection_is_given_up_and_a_new_one_answers
         connections.add(writer)
         if words[0] == b"CLUSTER":
             writer.write(b"-ERR cluster support disabled\r\n")
-        elif words[0] != b"HGET" or len(connections) > 1:
-            writer.write(b"$13\r\n" + HOLDER + b"\r\n" if words[0] == b"HGET" else b"+OK\r\n")
+        elif words[0] != b"MGET" or len(connections) > 1:
+            writer.write(b"*1\r\n$13\r\n" + HOLDER + b"\r\n" if words[0] == b"MGET" else b"+OK\r\n")
 
     async with server(answer) as port:
         metadata = connect(f"redis://127.0.0.1:{port}/0", timeout_s=0.2)
@@ -148,13 +150,13 @@ async def test_a_connection_that_breaks_fails_everyone_who_waits():
 
 
 def cluster_of(ports):
-    """Answers CLUSTER SLOTS with one owner of all slots, the port in ``ports[0]``, and HGET with a holder."""
+    """Answers CLUSTER SLOTS with one owner of all slots, the port in ``ports[0]``, and GET with a holder."""
 
     async def answer(writer, words):
         if words[0] == b"CLUSTER":
             writer.write(b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % ports[0])
         else:
-            writer.write(b"$13\r\n" + HOLDER + b"\r\n" if words[0] == b"HGET" else b"+OK\r\n")
+            writer.write(b"$13\r\n" + HOLDER + b"\r\n" if words[0] == b"GET" else b"+OK\r\n")
 
     return answer
 
