@@ -3,7 +3,8 @@
 All of it is soft state. A node announces its blocks and beats; whoever reads it treats an entry whose incarnation is not that of
 a living node as absent. Losing everything costs hits until the nodes have announced again, never a wrong answer.
 
-A block's parent is not in the index: it would cost as much as two more holders, and the reader has just computed the whole chain from its tokens, so it checks the parent in the block's own header.
+A block's parent is not in the index: it would cost as much as two more holders, and the reader has just computed the whole chain
+from its tokens, so it checks the parent in the block's own header.
 """
 
 from __future__ import annotations
