@@ -1,7 +1,7 @@
 """``bench serving``: our engine beside `transformers`' own generate and beside vLLM, and what the network costs on top.
 
 The engine and the plain model run in this process with the same weights, dtype and threads, and take turns. The cost of gRPC and HTTP
-is measured on a system of its own: what a caller waits beyond the time that the engine itself reports for the request.
+is measured on a system of its own: how much longer a caller waits, for the same short text, than one who calls the engine in process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from services.plot import line_plot
 
 from .base import Result, log
-from .workload import Answer, ask_together, percentile, system, text_prompts
+from .workload import Answer, ask, ask_together, percentile, system, text_prompts
 
 BATCHES = (1, 4, 8, 16)
 PROMPT_TOKENS = 64
@@ -25,6 +25,7 @@ PROMPT_TOKENS = 64
 LONG_PROMPT = 2048
 #: Calls of one protocol before it is the other's turn: a server is as warm as it is among requests of its own kind.
 CALLS_IN_TURN = 10
+SHORT_PROMPT = "The tide was low"
 _ARENA_BYTES = 64 << 20
 
 
@@ -49,14 +50,14 @@ def run(args: argparse.Namespace) -> Result:
     rounds, calls = args.rounds or (2 if args.quick else 5), args.calls or (20 if args.quick else 60)
     batches = BATCHES[::2] if args.quick else BATCHES
     result = Result("serving", {"model": model.name, "prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "rounds": rounds, "calls": calls})
-    asyncio.run(_in_process(result, model, batches, new, rounds, 1024 if args.quick else LONG_PROMPT))
+    asyncio.run(_in_process(result, model, batches, new, rounds, 1024 if args.quick else LONG_PROMPT, calls))
     _vllm(result, model, args.vllm_python, batches, new)
     with system(model, workers=1, arena_bytes=_ARENA_BYTES, nodes=1) as running:
         _network(result, running, calls)
     return result
 
 
-async def _in_process(result: Result, model: Any, batches: tuple[int, ...], new: int, rounds: int, long: int) -> None:
+async def _in_process(result: Result, model: Any, batches: tuple[int, ...], new: int, rounds: int, long: int, calls: int) -> None:
     """Engine and plain model in turns; samples are seconds, and tokens a second where they say so."""
     from services.bench.plain import Plain
     from services.engine.config import EngineConfig
@@ -81,6 +82,11 @@ async def _in_process(result: Result, model: Any, batches: tuple[int, ...], new:
             (answer,) = await ask_together(engine, [prompt], 1)
             _note(kept, "engine", {"prefill_s": answer.ttft_s})
             _note(kept, "plain", {"prefill_s": plain.prefill(prompt)})
+        for number in range(-1, calls):
+            began = time.perf_counter()
+            answer = await ask(engine, engine.tokenize(SHORT_PROMPT), 1)
+            beyond_ms = 1e3 * (time.perf_counter() - began) - answer.last.timing.total_ms
+            _note(result.samples if number >= 0 else {}, "in_process", {"beyond_engine_ms": beyond_ms})
     finally:
         await engine.stop()
     _rows(result, batches, long)
@@ -124,15 +130,18 @@ def _quotient(result: Result, above: str, below: str) -> float:
 
 
 def _network(result: Result, running: Any, calls: int) -> None:
-    """Milliseconds that one short request takes beyond what the engine reports, through gRPC and through HTTP, some of each in turns."""
+    """Milliseconds that one short request takes more through gRPC and through HTTP, some of each in turns, than in process.
+
+    Both ways differ from call to call in what the engine takes, which it reports; so what each takes beyond that is compared.
+    """
     import openai
 
     from protos.concertina.inference.v1 import inference_pb2 as pb
     from protos.concertina.inference.v1 import inference_pb2_grpc as rpc
     from services.system.wire import channel
 
-    request = pb.GenerateRequest(text="The tide was low", sampling=pb.Sampling(max_new_tokens=1))
-    samples: dict[str, list[float]] = {"grpc.call_ms": [], "grpc.overhead_ms": [], "http.call_ms": []}
+    request = pb.GenerateRequest(text=SHORT_PROMPT, sampling=pb.Sampling(max_new_tokens=1))
+    samples: dict[str, list[float]] = {"grpc.call_ms": [], "grpc.beyond_engine_ms": [], "http.call_ms": []}
     client = openai.OpenAI(base_url=f"{running.http}/v1", api_key="none", max_retries=0)
     with channel(running.inference) as opened:
         stub = rpc.InferenceServiceStub(opened)
@@ -143,18 +152,19 @@ def _network(result: Result, running: Any, calls: int) -> None:
                 took_ms = 1e3 * (time.perf_counter() - began)
                 if number >= 0:
                     samples["grpc.call_ms"].append(took_ms)
-                    samples["grpc.overhead_ms"].append(took_ms - answer.timing.total_ms)
+                    samples["grpc.beyond_engine_ms"].append(took_ms - answer.timing.total_ms)
             for _ in range(CALLS_IN_TURN):
                 began = time.perf_counter()
                 client.completions.create(model=running.model, prompt=request.text, max_tokens=1, temperature=0)
                 if number >= 0:
                     samples["http.call_ms"].append(1e3 * (time.perf_counter() - began))
     result.samples |= samples
-    engine_ms = statistics.median(samples["grpc.call_ms"]) - statistics.median(samples["grpc.overhead_ms"])
+    beyond, own_ms = samples["grpc.beyond_engine_ms"], statistics.median(result.samples["in_process.beyond_engine_ms"])
+    engine_ms = statistics.median(samples["grpc.call_ms"]) - statistics.median(beyond)
     result.rows.append({
-        "who": "network", "requests": 1, "grpc_overhead_ms": statistics.median(samples["grpc.overhead_ms"]),
-        "grpc_overhead_p95_ms": percentile(samples["grpc.overhead_ms"], 0.95), "engine_ms": engine_ms,
-        "http_overhead_ms": statistics.median(samples["http.call_ms"]) - engine_ms,
+        "who": "network", "requests": 1, "grpc_overhead_ms": statistics.median(beyond) - own_ms,
+        "grpc_overhead_p95_ms": percentile(beyond, 0.95) - own_ms, "engine_ms": engine_ms, "in_process_ms": own_ms,
+        "http_overhead_ms": statistics.median(samples["http.call_ms"]) - engine_ms - own_ms,
     })  # fmt: skip
 
 
@@ -194,7 +204,8 @@ def render(result: Result) -> str:
             lines.append(f"{row['who']:8} {row['requests']:>8} {row['tokens_per_s']:>9.1f} {row['decode_tokens_per_s']:>16.1f} {cells}")
         else:
             lines.append(f"gRPC costs {row['grpc_overhead_ms']:.2f} ms a request (p95 {row['grpc_overhead_p95_ms']:.2f}), "
-                         f"HTTP {row['http_overhead_ms']:.2f} ms, beyond the engine's own {row['engine_ms']:.1f} ms")  # fmt: skip
+                         f"HTTP {row['http_overhead_ms']:.2f} ms, more than in process: "
+                         f"{row['engine_ms']:.1f} ms in the engine and {row['in_process_ms']:.2f} around it")  # fmt: skip
     lines += [f"{name}: {value:.2f}" for name, value in result.ratios.items()]
     lines.append(f"vLLM: {result.configuration['vllm']}")
     return "\n".join(lines)
