@@ -68,12 +68,12 @@ class Copies:
     def __len__(self) -> int:
         return len(self._rows) // 4
 
-    def add(self, target: memoryview, address: int, size: int, goes_on: bool) -> None:
-        """`size` bytes, at least one, from `address` in memory that the caller keeps alive (`address_of`) to the beginning of `target`.
+    def add(self, to: int, address: int, size: int, goes_on: bool) -> None:
+        """`size` bytes, at least one, from `address` to `to`, in memory that the caller keeps alive (`address_of`).
 
-        With `goes_on` the CRC is that of the bytes of the copy before and of these. Raises ValueError as `copy_checked` does.
+        With `goes_on` the CRC is that of the bytes of the copy before and of these.
         """
-        self._rows.extend((_place_for(target, size), address, size, _CONTINUE if goes_on else 0))
+        self._rows.extend((to, address, size, _CONTINUE if goes_on else 0))
 
     def make(self) -> Sequence[int]:
         """Copy everything, in order. Returns the CRC-32C of each."""

@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from kvstore.checked_copy import address_of
+
 #: Several small blocks that arrive together share a buffer of this size.
 SHARED_BYTES = 4 << 20
 #: Where a buffer begins. The memory allocator begins 16 bytes behind a page, and each store of a copy from the start of one there looks to
@@ -57,15 +59,19 @@ class Carver:
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
         self._rest = memoryview(b"")
+        self._address = 0
 
-    def take(self, size_bytes: int) -> memoryview:
-        """A buffer of `size_bytes` bytes, of whatever content."""
+    def take(self, size_bytes: int) -> tuple[memoryview, int]:
+        """A buffer of `size_bytes` bytes, of whatever content, and its address."""
         if size_bytes > SHARED_BYTES // 4:
-            return self._buffers.take(size_bytes)
+            whole = self._buffers.take(size_bytes)
+            return whole, address_of(whole)
         if size_bytes > len(self._rest):
             self._rest = self._buffers.take(SHARED_BYTES)
-        part, self._rest = self._rest[:size_bytes], self._rest[-(-size_bytes // ALIGNMENT) * ALIGNMENT :]
-        return part
+            self._address = address_of(self._rest)
+        part, address, step = self._rest[:size_bytes], self._address, -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        self._rest, self._address = self._rest[step:], address + step
+        return part, address
 
 
 def _aligned(size_bytes: int) -> np.ndarray:

@@ -183,7 +183,7 @@ class Door(Line):
         """One block as it will be once `copies` are made, and of each layer the number of the copy with its CRC; -1 for an empty one."""
         if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        payload, left, parts, ends, stop = memory.take(header.payload_bytes), list(reversed(runs)), [], [], 0
+        (payload, place), left, parts, ends, stop = memory.take(header.payload_bytes), runs[::-1], [], [], 0
         for row in header.rows[: header.present]:
             start = at = stop
             stop = start + row.size_bytes
@@ -191,7 +191,7 @@ class Door(Line):
                 offset, size = left.pop() if left else (0, 0)
                 if not 0 < size <= stop - at or offset + size > len(self.arena):
                     raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-                copies.add(payload[at:], self._address + offset, size, goes_on=at > start)
+                copies.add(place + at, self._address + offset, size, goes_on=at > start)
                 at += size
             ends.append(len(copies) - 1 if stop > start else -1)
             parts.append(payload[start:stop])
@@ -229,7 +229,7 @@ class Door(Line):
         header = BlockHeader.from_bytes(answer[1:])
         if not accept(number, header):
             return None
-        payload = memory.take(header.payload_bytes)
+        payload, _ = memory.take(header.payload_bytes)
         self.fill(payload)
         mark = memoryview(bytearray(1))
         self.fill(mark)

@@ -174,7 +174,7 @@ class Guest:
         if kind is Kind.PLAN:
             await self._plan(body)
         elif kind is Kind.DONE:
-            self._service.engine.release(self._plans.pop(*door.NUMBER.unpack(body), 0))
+            self._service.engine.holds.release(self._plans.pop(*door.NUMBER.unpack(body), 0))
         elif kind is Kind.GET:
             await self._get(body)
         elif kind is Kind.PUT:
@@ -191,7 +191,7 @@ class Guest:
     def leave(self) -> None:
         """Give up what the connection holds: leases, and a block that is not complete."""
         for lease in self._plans.values():
-            self._service.engine.release(lease)
+            self._service.engine.holds.release(lease)
         self._plans.clear()
         if self._incoming is not None:
             self._incoming.abandon()
@@ -204,24 +204,25 @@ class Guest:
         size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
         socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 
-    def _look(self, body: memoryview) -> tuple[list[Found | None], int, Request]:
+    def _look(self, body: memoryview) -> tuple[list[Found | None], Request]:
         (tokens,) = door.NUMBER.unpack_from(body)
         engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
         request = engine.reading(ids, tokens)
-        plan, lease = engine.plan_get(ids, 0)
+        plan = engine.look(ids, 0)
         spill = self._service.spill
         # What a tier has more of is for a Get call, which reads it there.
         plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
-        return plan, lease, request
+        return plan, request
 
     async def _plan(self, body: memoryview) -> None:
         if len(self._plans) >= MAX_PLANS:
             raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
-        plan, lease, request = self._look(body)
+        plan, request = self._look(body)
         self._number += 1
-        self._plans[self._number] = lease
-        await self._send(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
-        self._service.engine.used(plan, request)  # while the guest copies
+        left = self._send_now(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
+        self._plans[self._number] = self._service.engine.lease(plan)  # while the guest copies
+        self._service.engine.used(plan, request)
+        await self._send(left)
 
     def _described(self, found: Found | None) -> bytes:
         """The header of a block and where in the arena its payload lies, as PLANNED says it."""
@@ -238,7 +239,8 @@ class Guest:
         return described
 
     async def _get(self, body: memoryview) -> None:
-        plan, lease, request = self._look(body)
+        plan, request = self._look(body)
+        lease = self._service.engine.lease(plan)
         try:
             for found in plan:
                 if found is None or not self._service.engine.intact(found):
@@ -248,7 +250,7 @@ class Guest:
             await self._flush()
         finally:
             self._service.engine.used(plan, request)
-            self._service.engine.release(lease)
+            self._service.engine.holds.release(lease)
 
     async def _stream(self, found: Found) -> None:
         """One block, and after its last byte whether all of them were its own."""
@@ -298,7 +300,11 @@ class Guest:
         outcome = await stage.take(body, incoming)
         if not incoming.open:
             self._incoming = self.write_ends = None
-        await self._send(door.message(Kind.STATUSES, bytes(outcome)))
+        try:
+            left = self._send_now(door.message(Kind.STATUSES, bytes(outcome)))
+        finally:
+            incoming.settle()
+        await self._send(left)
 
     def _begin_writing(self) -> Incoming:
         """What takes the blocks of the guest's write, which has a while to end from its beginning."""
@@ -315,7 +321,17 @@ class Guest:
             statuses = incoming.statuses
         await self._send(door.message(Kind.STATUSES, bytes(statuses)))
 
+    def _send_now(self, data: bytes) -> memoryview:
+        """Send what goes out at once. Returns the rest."""
+        try:
+            sent = self._peer.send(data)
+        except BlockingIOError:
+            sent = 0
+        return memoryview(data)[sent:]
+
     async def _send(self, data: bytes | memoryview) -> None:
+        if not len(data):
+            return
         async with asyncio.timeout(PIECE_S):
             await asyncio.get_running_loop().sock_sendall(self._peer, data)
 

@@ -4,8 +4,9 @@ The server calls these methods from its event loop, one at a time, and moves the
 calls, and that `check` verifies: used + reserved + free pages = pages of the arena, and no page has two owners.
 
 Life of a put: `reserve` makes room and takes pages, the server writes and verifies them, `commit` makes the block visible or `abort`
-gives the pages back. Life of a get: `plan_get` leases what is there, the server copies and asks `intact` after each copy whether the
-bytes were still the block's, `used` tells the policy, `release` ends the lease.
+gives the pages back. Life of a get: `look` finds what is there, `lease` holds it, the server copies and asks `intact` after each copy
+whether the bytes were still the block's, `used` tells the policy, `holds.release` ends the lease. What a caller need not wait for,
+`lease` and `settle`, may come after its answer, as long as nothing else is asked of the engine in between.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from kvstore.errors import CapacityError, InvalidInputError
 from kvstore.eviction.base import EvictionPolicy, Request
 
 from .admission import Admission
-from .config import MAX_LEASE_S, MAX_PIN_S, NodeConfig
-from .leases import LeaseTable, PinTable
+from .config import MAX_LEASE_S, NodeConfig
+from .holds import Holds
 from .plans import Found, Overflow, Reservation, Tally, check_keys
 from .quality import is_better
 from .requests import Requests
@@ -68,12 +69,11 @@ class NodeEngine:
         self.tally = Tally()
         self.reserved_pages = 0
         self.changes = 0  # rises with every change of pages, so that idleness can be seen
-        arena = allocator.pages * config.page_bytes
-        self.leases = LeaseTable(config.max_leases, int(arena * config.lease_share), clock.rng)
-        self.pins = PinTable(int(arena * config.pin_share))
+        self.holds = Holds(config, allocator.pages * config.page_bytes, clock, policy, self.table)
         self._on_change = on_change
         self._overflow = overflow
         self._writing: dict[bytes, Reservation] = {}
+        self._shown: list[tuple[Request, list[Entry]]] = []  # that policy and index have not heard of
 
     # ---- put
 
@@ -118,12 +118,12 @@ class NodeEngine:
             return self._reject(refusal)
         parent = self.table.get(block_id(owner, header.parent))
         if parent is not None:
-            self._hold(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
+            self.holds.take(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
         try:
             self.make_room(total)
         except BaseException as error:  # a policy that fails must not leave the parent held for ever
             if parent is not None:
-                self._release(parent)
+                self.holds.give(parent)
             if not isinstance(error, CapacityError):
                 raise
             return self._reject(self.admission.refused(id, request, "no_room"))
@@ -139,8 +139,23 @@ class NodeEngine:
 
     def commit_all(self, reservations: Iterable[Reservation]) -> list[Status]:
         """The same for several, parents first: the policy hears once of all that belongs to one request."""
+        statuses = self.show(reservations)
+        self.settle()
+        return statuses
+
+    def show(self, reservations: Iterable[Reservation]) -> list[Status]:
+        """As `commit_all`, but for what `settle` does."""
         runs = groupby(reservations, attrgetter("request"))
-        return [status for request, run in runs for status in self._commit(request, list(run))]
+        return [status for request, run in runs for status in self._show(request, list(run))]
+
+    def settle(self) -> None:
+        """Tell policy and index of the blocks that were shown."""
+        shown, self._shown = self._shown, []
+        for request, entries in shown:
+            self.requests.used(request, [entry.id for entry in entries])
+            self.policy.access(request, [entry.info for entry in entries])
+            for entry in entries:
+                self._change(entry.key)
 
     def can_wait(self, header: BlockHeader) -> bool:
         """Whether room for this block would be taken from nobody, so that those written before it may be committed with it."""
@@ -162,7 +177,7 @@ class NodeEngine:
             When all that is left is held; what was dropped until then stays dropped.
         """
         if self.allocator.free_pages < pages:
-            self.expire()
+            self.holds.expire()
         while self.allocator.free_pages < pages:
             victim = self.policy.victim(self.clock.now())
             entry = None if victim is None else self.table.get(victim.id)
@@ -182,14 +197,19 @@ class NodeEngine:
         if not 0 <= lease_s <= MAX_LEASE_S:
             raise InvalidInputError(f"a lease lasts at most {MAX_LEASE_S:.0f} s, not {lease_s}")
         entries = [self.table.get(key) for key in keys]
-        return entries, self._lease([e for e in entries if e is not None], lease_s) if lease_s else 0
+        return entries, self.holds.lease([e for e in entries if e is not None], lease_s) if lease_s else 0
 
-    def plan_get(self, keys: Sequence[bytes], max_fidelity: int) -> tuple[list[Found | None], int]:
-        """What a Get will send, block by block, and the lease that holds it. Call `used` when the reader has what it waits for."""
-        entries, lease = self.lookup(keys, self.config.get_hold_s)
+    def look(self, keys: Sequence[bytes], max_fidelity: int) -> list[Found | None]:
+        """What a Get will send, block by block; `lease` it before anything else happens, tell of it (`used`) when the reader has it."""
+        check_keys(keys)
+        entries = [self.table.get(key) for key in keys]
         for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
             self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
-        return [e and Found.of(e, max_fidelity) for e in entries], lease
+        return [e and Found.of(e, max_fidelity) for e in entries]
+
+    def lease(self, plan: Iterable[Found | None]) -> int:
+        """A lease on what a plan found, as far as the bounds allow; 0 for none."""
+        return self.holds.lease([found.entry for found in plan if found is not None], self.config.get_hold_s)
 
     def used(self, plan: Sequence[Found | None], request: Request) -> None:
         """Count a read of what a plan found as a use, of those blocks that are still here."""
@@ -199,37 +219,13 @@ class NodeEngine:
         """Whether bytes copied until now from `found` are the block's."""
         return found.entry.generation == found.generation
 
-    def release(self, lease: int) -> None:
-        """End a lease; nothing happens if it is not known."""
-        self._release_keys(self.leases.release(lease))
-
-    # ---- pins, dropping
-
-    def pin(self, keys: Sequence[bytes], ttl_s: int) -> list[Status]:
-        """Keep blocks for `ttl_s` seconds; RESOURCE_EXHAUSTED for those that the bound on pinned bytes forbids."""
-        check_keys(keys)
-        if not 1 <= ttl_s <= MAX_PIN_S:
-            raise InvalidInputError(f"ttl_seconds must be from 1 to {MAX_PIN_S}, not {ttl_s}")
-        return [self._pin(key, self.clock.now() + ttl_s) for key in keys]
-
-    def unpin(self, keys: Sequence[bytes]) -> list[Status]:
-        """End pins; NOT_FOUND where there is none."""
-        check_keys(keys)
-        ended = [self.pins.unpin(key) for key in keys]
-        self._release_keys(key for key, was in zip(keys, ended, strict=True) if was)
-        return [Status.OK if was else Status.NOT_FOUND for was in ended]
+    # ---- dropping
 
     def evict(self, keys: Sequence[bytes], reason: str = "request") -> list[Status]:
         """Drop blocks, children or not; BUSY for those that are held."""
         check_keys(keys)
-        self.expire()
+        self.holds.expire()
         return [self._evict(key, reason) for key in keys]
-
-    def expire(self) -> None:
-        """End the leases and pins that are over."""
-        now = self.clock.now()
-        self._release_keys(self.leases.expire(now))
-        self._release_keys(self.pins.expire(now))
 
     # ---- account
 
@@ -265,7 +261,7 @@ class NodeEngine:
         """Verify the account down to each page, and the holds; O(n log n) in the number of blocks. Raises like `check_sums`."""
         self.check_sums()
         self.allocator.check()
-        self.table.check(self.leases.holds + len(self.pins) + sum(r.parent is not None for r in self._writing.values()))
+        self.table.check(self.holds.leases.holds + len(self.holds.pins) + sum(r.parent is not None for r in self._writing.values()))
         if (reserved := sum(r.pages for r in self._writing.values())) != self.reserved_pages:
             raise AccountingError(f"writers hold {reserved} pages, the sum says {self.reserved_pages}")
 
@@ -287,22 +283,6 @@ class NodeEngine:
                 entry.last_use = max(entry.last_use, request.now)
             self.requests.used(request, [entry.id for entry in once])
             self.policy.access(request, [entry.info for entry in once])
-
-    def _lease(self, entries: Sequence[Entry], lease_s: float) -> int:
-        self.expire()
-        lease, keys = self.leases.grant([(e.id, e.pages * self.config.page_bytes) for e in entries], self.clock.now() + lease_s)
-        for entry, _ in zip(entries, keys, strict=False):
-            self._hold(entry)
-        return lease
-
-    def _pin(self, key: bytes, until: float) -> Status:
-        entry = self.table.get(key)
-        if entry is None:
-            return Status.NOT_FOUND
-        new = self.pins.pin(key, entry.pages * self.config.page_bytes, until)
-        if new:
-            self._hold(entry)
-        return Status.RESOURCE_EXHAUSTED if new is None else Status.OK
 
     def _evict(self, key: bytes, reason: str) -> Status:
         entry = self.table.get(key)
@@ -338,7 +318,7 @@ class NodeEngine:
         self.tally.demotions[before, after] += before - after
         self._change(entry.key)
 
-    def _commit(self, request: Request, run: Sequence[Reservation]) -> list[Status]:
+    def _show(self, request: Request, run: Sequence[Reservation]) -> list[Status]:
         statuses, entries, now = [], [], self.clock.now()
         for reservation in run:
             self._end_writing(reservation)
@@ -350,10 +330,7 @@ class NodeEngine:
             else:
                 self._free(reservation.layers)
         if entries:
-            self.requests.used(request, [entry.id for entry in entries])
-            self.policy.access(request, [entry.info for entry in entries])
-            for entry in entries:
-                self._change(entry.key)
+            self._shown.append((request, entries))
         return statuses
 
     def _displace(self, reservation: Reservation) -> Status:
@@ -374,24 +351,8 @@ class NodeEngine:
         self.changes += 1
         self.reserved_pages -= reservation.pages
         if reservation.parent is not None:
-            self._release(reservation.parent)
+            self.holds.give(reservation.parent)
 
     def _free(self, layers: Iterable[tuple[Extent, ...]]) -> None:
         for layer in layers:
             self.allocator.free(layer)
-
-    def _hold(self, entry: Entry) -> None:
-        entry.holds += 1
-        if entry.holds == 1:
-            self.policy.hold(entry.id)
-
-    def _release(self, entry: Entry) -> None:
-        entry.holds -= 1
-        if entry.holds == 0:
-            self.policy.release(entry.id)
-
-    def _release_keys(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            if (entry := self.table.get(key)) is None:
-                raise AccountingError("a held block is not resident")
-            self._release(entry)

@@ -47,7 +47,7 @@ class NodeMetrics:
 
     def refresh(self) -> None:
         """Set all gauges and advance all counters."""
-        self._engine.expire()
+        self._engine.holds.expire()
         self._set_gauges()
         self._advance_counters()
         for level in self._spill.levels:
@@ -58,7 +58,7 @@ class NodeMetrics:
         for state in ("used", "free", "reserved"):
             metrics.arena_bytes.labels(node=node, state=state).set(getattr(engine, f"{state}_bytes"))
         metrics.raw_bytes.labels(node=node).set(engine.table.raw_bytes)
-        metrics.leases.labels(node=node).set(len(engine.leases))
+        metrics.leases.labels(node=node).set(len(engine.holds.leases))
         for fidelity, count in engine.table.by_fidelity.items():
             metrics.blocks.labels(node=node, fidelity=str(fidelity)).set(count)
         stored: Counter[str] = Counter()

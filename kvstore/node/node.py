@@ -216,7 +216,7 @@ class StoreNode:
         quiet, before = 0, None
         while True:
             await asyncio.sleep(SWEEP_S)
-            self.engine.expire()
+            self.engine.holds.expire()
             state = (self.engine.changes, self.engine.requests.count)
             quiet = quiet + 1 if state == before else 0
             before = state

@@ -164,9 +164,9 @@ async def test_a_lease_is_ended_by_who_knows_it(tenants: list[Tenant], node: Sto
     lease = (await a.call("Lookup", keys=KEYS, lease_ms=60_000)).lease_id
     for guess in range(1, 100):
         await b.call("Release", lease_id=guess)
-    assert len(node.engine.leases) == 1
+    assert len(node.engine.holds.leases) == 1
     await a.call("Release", lease_id=lease)
-    assert len(node.engine.leases) == 0
+    assert len(node.engine.holds.leases) == 0
 
 
 async def test_the_client_shows_its_token(tmp_path: Path, node: StoreNode, state: InprocState) -> None:

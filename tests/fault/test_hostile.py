@@ -56,7 +56,7 @@ async def test_every_rpc_and_the_door_answer_nonsense_with_a_status_and_nothing_
         assert assault.answers["Get", "OK"]
         await assault.close()
         async with asyncio.timeout(10):
-            while node.engine.reserved_pages or len(node.engine.leases):
+            while node.engine.reserved_pages or len(node.engine.holds.leases):
                 await asyncio.sleep(0.02)
 
 

@@ -73,7 +73,7 @@ async def test_every_way_brings_the_same_bytes(paths, way, count, size):
         assert same(fetched, blocks) and order == list(range(count))
         assert came_by(client) == {way: count}
         await asyncio.sleep(0.3)  # the last lease is released after the last block has been handed on
-        assert not len(node.engine.leases)
+        assert not len(node.engine.holds.leases)
         node.engine.check()
 
 
@@ -105,7 +105,7 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
         hits, loop, sound = await stored(client, blocks), asyncio.get_running_loop(), Door._sound
 
         async def evict():
-            node.engine._release_keys(node.engine.leases.expire(float("inf")))
+            node.engine.holds._give_all(node.engine.holds.leases.expire(float("inf")))
             node.engine.evict([blocks[0].header.key])
 
         def late(self, marks):

@@ -107,7 +107,7 @@ async def test_a_shared_profile_is_pinned_and_found_by_others(tmp_path):
         assert await shared.share(profile, ("m",))
         held = store.blocks(PROFILE_WIRE_ID)
         assert len(held) == -(-len(profile.to_bytes()) // 4000) > 3
-        assert sum(len(node.engine.pins) for node in store.nodes) == len(held)
+        assert sum(len(node.engine.holds.pins) for node in store.nodes) == len(held)
         await until_got(other, "m", profile)
         assert (await fetched(other, profile.digest.hex())).digest == profile.digest
         assert await other.share(profile, ("m",)) and len(store.blocks(PROFILE_WIRE_ID)) == len(held)

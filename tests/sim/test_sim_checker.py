@@ -15,6 +15,7 @@ from kvstore.errors import CorruptBlockError
 from kvstore.metadata import InprocMetadata
 from kvstore.node.copier import BlockWriter
 from kvstore.node.engine import NodeEngine
+from kvstore.node.holds import Holds
 from tests.sim.world import simulate
 
 SEEDS = range(1, 61)
@@ -51,13 +52,13 @@ def write_unverified(self: BlockWriter, data: memoryview) -> None:
             self._layer, self._offset = self._layer + 1, 0
 
 
-def forget_leases(self: NodeEngine, entries, lease_s: float) -> int:
+def forget_leases(self: Holds, entries, lease_s: float) -> int:
     return 0
 
 
-def end_pins_early(self: NodeEngine) -> None:
-    self._release_keys(self.leases.expire(self.clock.now()))
-    self._release_keys(self.pins.expire(math.inf))
+def end_pins_early(self: Holds) -> None:
+    self._give_all(self.leases.expire(self._clock.now()))
+    self._give_all(self.pins.expire(math.inf))
 
 
 def keep_pages(self: NodeEngine, reservation) -> None:
@@ -87,10 +88,10 @@ BUGS = {
     ),
     "a node checks no CRC": ([(BlockWriter, "write", write_unverified)], "holds bytes that nobody wrote"),
     "pages are used again under a reader": (
-        [(NodeEngine, "_lease", forget_leases), (NodeEngine, "intact", lambda self, found: True)],
+        [(Holds, "lease", forget_leases), (NodeEngine, "intact", lambda self, found: True)],
         "looked corrupt, though no bit was changed",
     ),
-    "pins end early": ([(NodeEngine, "expire", end_pins_early)], "lost a block that it had pinned"),
+    "pins end early": ([(Holds, "expire", end_pins_early)], "lost a block that it had pinned"),
     "an aborted put keeps its pages": ([(NodeEngine, "abort", keep_pages)], "the account of"),
     "dead incarnations are served from": ([(InprocMetadata, "_living", keep_the_dead)], "has been dead for"),
     "the namespace is not checked": ([(Fetch, "check", take_anything)], "another namespace was served"),

@@ -84,7 +84,7 @@ async def _at_rest(cluster: Cluster, workers: list[Worker]) -> None:
     for member in cluster.members.values():
         engine = member.node.engine
         cluster.inspect(member)
-        left = {"leases": len(engine.leases), "pins": len(engine.pins), "reserved pages": engine.reserved_pages}
+        left = {"leases": len(engine.holds.leases), "pins": len(engine.holds.pins), "reserved pages": engine.reserved_pages}
         if any(left.values()):
             history.violation(f"{member.host} at rest still has {left}")
         unknown = [e for e in engine.table if member.incarnation not in cluster.backend.state.holders.get(e.key, ())]

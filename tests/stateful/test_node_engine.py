@@ -158,7 +158,8 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(numbers=st.lists(KEYS, min_size=1, max_size=3), fidelity=st.integers(0, 3), done=st.booleans())
     def get(self, numbers: list[int], fidelity: int, done: bool) -> None:
         keys = [key_of(n) for n in numbers]
-        plan, lease = self.engine.plan_get(keys, fidelity)
+        plan = self.engine.look(keys, fidelity)
+        lease = self.engine.lease(plan)
         for key, found in zip(keys, plan, strict=True):
             assert (found is None) == (key not in self.model), "a get returns exactly what was put and not dropped"
             if found is not None:
@@ -167,7 +168,7 @@ class NodeMachine(RuleBasedStateMachine):
                 self.readers.append((found, known.token))
         if done:
             self.engine.used(plan, self.engine.request())
-            self.engine.release(lease)
+            self.engine.holds.release(lease)
         else:
             self.unused.append(plan)
             self.remember_lease(lease, keys, CONFIG.get_hold_s)
@@ -188,7 +189,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     @rule(lease=leases)
     def release(self, lease: int) -> None:
-        self.engine.release(lease)
+        self.engine.holds.release(lease)
         self.held.pop(lease, None)
 
     # ---- owners
@@ -197,7 +198,7 @@ class NodeMachine(RuleBasedStateMachine):
     def pin(self, number: int, ttl: int) -> None:
         key = key_of(number)
         self.forget_expired()
-        (status,) = self.engine.pin([key], ttl)
+        (status,) = self.engine.holds.pin([key], ttl)
         assert (status is Status.NOT_FOUND) == (key not in self.model)
         if status is Status.OK:
             self.pins[key] = max(self.pins.get(key, 0.0), self.clock.now() + ttl)
@@ -205,9 +206,9 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(number=KEYS)
     def unpin(self, number: int) -> None:
         key = key_of(number)
-        self.engine.expire()
+        self.engine.holds.expire()
         self.forget_expired()
-        (status,) = self.engine.unpin([key])
+        (status,) = self.engine.holds.unpin([key])
         assert (status is Status.OK) == (self.pins.pop(key, None) is not None)
 
     @rule(number=KEYS)
@@ -223,9 +224,9 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 3.0, 10.0, 60.0]))
     def wait(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.engine.expire()
+        self.engine.holds.expire()
         self.forget_expired()
-        assert {n for n in range(6) if key_of(n) in self.engine.pins} == {n for n in range(6) if key_of(n) in self.pins}
+        assert {n for n in range(6) if key_of(n) in self.engine.holds.pins} == {n for n in range(6) if key_of(n) in self.pins}
 
     # ---- what must hold between any two steps
 
@@ -242,9 +243,9 @@ class NodeMachine(RuleBasedStateMachine):
         engine = self.engine
         assert engine.used_bytes + engine.free_bytes + engine.reserved_bytes == engine.arena_bytes
         engine.check()
-        assert engine.pins.bytes <= engine.arena_bytes // 2
-        assert engine.leases.bytes <= engine.arena_bytes // 4
-        assert len(engine.leases) <= CONFIG.max_leases
+        assert engine.holds.pins.bytes <= engine.arena_bytes // 2
+        assert engine.holds.leases.bytes <= engine.arena_bytes // 4
+        assert len(engine.holds.leases) <= CONFIG.max_leases
 
     @invariant()
     def the_table_is_the_model(self) -> None:
@@ -285,7 +286,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     def remember_lease(self, lease: int, keys: list[bytes], seconds: float) -> None:
         if lease:
-            held = set(self.engine.leases._leases[lease][0])
+            held = set(self.engine.holds.leases._leases[lease][0])
             self.held[lease] = (self.clock.now() + seconds, [key for key in keys if key in held])
 
     def protected(self) -> set[bytes]:
@@ -353,10 +354,11 @@ def test_a_block_that_a_reader_took_while_a_better_one_was_written_stays(engine:
     worse, better = block(0, (600,), error=0.4), block(0, (600, 600), error=0.1)
     assert store(engine, worse.header) is Status.OK
     reservation = engine.reserve(better.header, engine.request())
-    (found,), lease = engine.plan_get([worse.header.key], 0)
+    (found,) = engine.look([worse.header.key], 0)
+    lease = engine.lease([found])
     assert engine.commit(reservation) is Status.BUSY
     assert engine.intact(found)
-    engine.release(lease)
+    engine.holds.release(lease)
     engine.check()
     assert store(engine, better.header) is Status.OK
     assert not engine.intact(found)
@@ -367,9 +369,10 @@ def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: st
     engine = NodeEngine(CONFIG, ManualClock(), create(policy), PageAllocator(PAGES))
     one = block(0, (PAGE * 3,)).header
     assert store(engine, one) is Status.OK
-    plan, lease = engine.plan_get([one.key] * 8, 0)
+    plan = engine.look([one.key] * 8, 0)
+    lease = engine.lease(plan)
     engine.used(plan, engine.request())
-    engine.release(lease)
+    engine.holds.release(lease)
     assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
     assert engine.table.get(one.key) is None
     engine.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvstore.checked_copy import address_of
 from kvstore.client.buffers import SHARED_BYTES, Buffers, Carver
 
 MIB = 1 << 20
@@ -36,7 +37,8 @@ def test_no_more_is_kept_than_was_said():
 def test_small_blocks_share_a_buffer_and_do_not_overlap():
     buffers = Buffers(keep_bytes=SHARED_BYTES)
     carver = Carver(buffers)
-    parts = [carver.take(size) for size in (1000, 1, 500_000, 4096)]
+    parts, addresses = zip(*(carver.take(size) for size in (1000, 1, 500_000, 4096, SHARED_BYTES)), strict=True)
+    assert addresses == tuple(map(address_of, parts))
     for number, part in enumerate(parts):
         part[:] = bytes([number]) * len(part)
     assert all(set(part) == {number} for number, part in enumerate(parts))

@@ -173,10 +173,10 @@ def test_held_blocks_of_a_tenant_stay() -> None:
     node.order().hear([], json.dumps({NAMESPACE.hex(): 2 * PAGE}).encode())
     node.put(0)
     node.put(1)
-    node.engine.pin([key_of(0)], 60)
+    node.engine.holds.pin([key_of(0)], 60)
     assert node.put(2) is Status.OK
     assert node.held() == {0, 2}
-    node.engine.pin([key_of(2)], 60)
+    node.engine.holds.pin([key_of(2)], 60)
     assert node.put(3) is Status.RESOURCE_EXHAUSTED
     node.engine.check()
 

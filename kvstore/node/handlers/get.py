@@ -35,7 +35,8 @@ class Get(Handler):
         engine = self.service.engine
         ids = self.service.ids(self.service.caller(context), asked.keys)
         use = engine.reading(ids, asked.input_tokens)
-        plan, lease = engine.plan_get(ids, asked.max_fidelity)
+        plan = engine.look(ids, asked.max_fidelity)
+        lease = engine.lease(plan)
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
@@ -43,7 +44,7 @@ class Get(Handler):
             await outgoing.flush()
         finally:
             engine.used(plan, use)
-            engine.release(lease)
+            engine.holds.release(lease)
 
     async def _send(self, index: int, id: bytes, found: Found | None, max_fidelity: int, outgoing: Outgoing) -> None:
         """One block: the best copy that the node has, and NOT_FOUND where it has none."""

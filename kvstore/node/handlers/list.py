@@ -24,4 +24,4 @@ class List(UnaryHandler):
         now = engine.clock.now()
         entries = engine.table.page(request.after, limit + 1, None if caller.admin else caller.tenant)
         following = entries[limit - 1].id if len(entries) > limit else b""
-        return pb.ListResponse(blocks=[summary(e, now, e.id in engine.pins) for e in entries[:limit]], next=following)
+        return pb.ListResponse(blocks=[summary(e, now, e.id in engine.holds.pins) for e in entries[:limit]], next=following)

@@ -19,7 +19,7 @@ class Lookup(UnaryHandler):
         entries, lease = engine.lookup(self.service.ids(caller, request.keys), request.lease_ms / 1000)
         now = engine.clock.now()
         blocks = [
-            pb.BlockSummary(key=key, status=Status.NOT_FOUND) if entry is None else summary(entry, now, entry.id in engine.pins)
+            pb.BlockSummary(key=key, status=Status.NOT_FOUND) if entry is None else summary(entry, now, entry.id in engine.holds.pins)
             for key, entry in zip(request.keys, entries, strict=True)
         ]
         return pb.LookupResponse(blocks=blocks, lease_id=lease, incarnation=self.service.record.incarnation)

@@ -16,4 +16,4 @@ class Pin(UnaryHandler):
     async def answer(self, request: pb.PinRequest, caller: Caller) -> pb.PinResponse:
         ids = self.service.ids(caller, request.keys)
         await self.service.promote(ids)
-        return pb.PinResponse(statuses=self.service.engine.pin(ids, request.ttl_seconds))
+        return pb.PinResponse(statuses=self.service.engine.holds.pin(ids, request.ttl_seconds))

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from kvstore.block import BlockHeader
+from kvstore.block import BlockHeader, Distortion
 from kvstore.errors import CorruptBlockError, InvalidInputError, TransportError
 from kvstore.eviction.base import Request
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
@@ -70,6 +70,7 @@ class Incoming:
         self._writer: BlockWriter | None = None
         self._refusal = Status.DATA_LOSS
         self._waiting: dict[bytes, tuple[int, Reservation]] = {}  # by key
+        self._shown: list[Distortion] = []  # of blocks that were committed and not counted
 
     @property
     def next_index(self) -> int:
@@ -101,10 +102,18 @@ class Incoming:
                 self._refuse()
 
     def pause(self) -> None:
-        """What has come for the moment: as `finish`, but for a block of which more is to come."""
+        """What has come for the moment: as `finish`, but for a block of which more is to come; `settle` before anything else happens."""
         if self.header is None or self._left <= 0:
             self._close()
-        self._commit()
+        self._show()
+
+    def settle(self) -> None:
+        """Do what nobody need wait for."""
+        self._service.engine.settle()
+        shown, self._shown = self._shown, []
+        for distortion in shown:
+            self._service.distortion_keys.observe(distortion.keys)
+            self._service.distortion_values.observe(distortion.values)
 
     def finish(self) -> None:
         """End the stream: commit the block that is open, if all of it has come, and those before it."""
@@ -134,15 +143,17 @@ class Incoming:
             self._service.engine.abort(reservation)
 
     def _commit(self) -> None:
+        self._show()
+        self.settle()
+
+    def _show(self) -> None:
         """Make visible what is whole."""
         waiting, self._waiting = self._waiting.values(), {}
-        outcomes = self._service.engine.commit_all(reservation for _, reservation in waiting)
+        outcomes = self._service.engine.show(reservation for _, reservation in waiting)
         for (index, reservation), status in zip(waiting, outcomes, strict=True):
             self.statuses[index] = status
             if status is Status.OK:
-                distortion = reservation.header.rows[reservation.header.present - 1].distortion
-                self._service.distortion_keys.observe(distortion.keys)
-                self._service.distortion_values.observe(distortion.values)
+                self._shown.append(reservation.header.rows[reservation.header.present - 1].distortion)
 
     def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
         if not self._service.admitting:

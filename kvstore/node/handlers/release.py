@@ -14,5 +14,5 @@ class Release(UnaryHandler):
     request_type = pb.ReleaseRequest
 
     async def answer(self, request: pb.ReleaseRequest, caller: Caller) -> pb.ReleaseResponse:
-        self.service.engine.release(request.lease_id)
+        self.service.engine.holds.release(request.lease_id)
         return pb.ReleaseResponse()

@@ -16,7 +16,7 @@ class Stats(UnaryHandler):
     async def answer(self, request: pb.StatsRequest, caller: Caller) -> pb.StatsResponse:
         caller.require_admin("Stats, which tells of everybody's blocks,")
         engine, record, spill = self.service.engine, self.service.record, self.service.spill
-        engine.expire()
+        engine.holds.expire()
         return pb.StatsResponse(
             node=record.id,
             incarnation=record.incarnation,
@@ -30,8 +30,8 @@ class Stats(UnaryHandler):
             stored_bytes=engine.table.stored_by_codec.total(),
             evictions=engine.tally.evictions.total(),
             demotions=engine.tally.demotions.total(),
-            leases=len(engine.leases),
-            pinned=len(engine.pins),
+            leases=len(engine.holds.leases),
+            pinned=len(engine.holds.pins),
             page_bytes=engine.config.page_bytes,
             spill_bytes=sum(level.capacity_bytes for level in spill.levels),
             spill_used_bytes=sum(level.used_bytes for level in spill.levels),

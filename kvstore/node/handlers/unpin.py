@@ -14,4 +14,4 @@ class Unpin(UnaryHandler):
     request_type = pb.UnpinRequest
 
     async def answer(self, request: pb.UnpinRequest, caller: Caller) -> pb.UnpinResponse:
-        return pb.UnpinResponse(statuses=self.service.engine.unpin(self.service.ids(caller, request.keys)))
+        return pb.UnpinResponse(statuses=self.service.engine.holds.unpin(self.service.ids(caller, request.keys)))
