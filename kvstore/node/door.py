@@ -19,6 +19,7 @@ from kvstore.eviction.base import Request
 from .config import NodeConfig
 from .handlers.base import Service
 from .handlers.put import Incoming
+from .inbox import LARGE_BYTES, PIECE_S, SMALL_BYTES, Inbox
 from .plans import Found
 from .staging import STAGE_BYTES, Stage, Stages
 from .status import Status
@@ -28,12 +29,8 @@ log = logging.getLogger(__name__)
 
 #: Connections served at one time; more are closed at once, and their clients use gRPC.
 MAX_CONNECTIONS = 256
-#: Seconds for a connection to show its credential, and for each piece of a payload to move.
-HELLO_S, PIECE_S = 2.0, 10.0
-#: What is smaller is sent and received together with what is beside it.
-SMALL_BYTES = 256 << 10
-#: Bytes of a payload that are sent, or received at most, at a time: as the processor's own cache holds.
-LARGE_BYTES = 1 << 20
+#: Seconds for a connection to show its credential.
+HELLO_S = 2.0
 #: Plans that one connection may have open.
 MAX_PLANS = 4
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -51,6 +48,7 @@ class DoorServer:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
+        self._guests: set[Guest] = set()
         self._stages = Stages()
         self._shared = os.open(f"/proc/self/fd/{service.arena.fd}", os.O_RDONLY) if isinstance(service.arena, CpuArena) else -1
 
@@ -83,6 +81,11 @@ class DoorServer:
         if self._shared >= 0:
             os.close(self._shared)
             self._shared = -1
+
+    def relax(self) -> None:
+        """Nothing has happened for a while: give back memory that guests made necessary and that can be had again."""
+        for guest in self._guests:
+            guest.relax()
 
     def _accept_on(self, listener: socket.socket, admits) -> None:
         listener.listen(128)
@@ -132,6 +135,7 @@ class DoorServer:
                     caller = self._service.credentials.caller([("authorization", f"Bearer {token}")] if token else [])
                     await self._welcome(peer, caller)
                 guest = Guest(self._service, peer, inbox, caller, self._stages)
+                self._guests.add(guest)
                 while True:
                     async with asyncio.timeout_at(guest.write_ends):
                         request = await inbox.message()
@@ -140,6 +144,7 @@ class DoorServer:
                 log.debug("a guest of the door left: %s", error)
             finally:
                 if guest is not None:
+                    self._guests.discard(guest)
                     guest.leave()
 
     async def _welcome(self, peer: socket.socket, caller: Caller) -> None:
@@ -187,6 +192,11 @@ class Guest:
             await self._offer(body, self._stage)
         else:
             raise TransportError(f"{kind.name} is no request now")
+
+    def relax(self) -> None:
+        """As `DoorServer.relax`."""
+        if self._stage is not None:
+            self._stage.relax()
 
     def leave(self) -> None:
         """Give up what the connection holds: leases, and a block that is not complete."""
@@ -315,6 +325,7 @@ class Guest:
 
     async def _end(self) -> None:
         incoming, self._incoming, self.write_ends = self._incoming, None, None
+        self._inbox.shrink()
         statuses: Sequence[Status] = ()
         if incoming is not None:
             incoming.finish()
@@ -334,63 +345,3 @@ class Guest:
             return
         async with asyncio.timeout(PIECE_S):
             await asyncio.get_running_loop().sock_sendall(self._peer, data)
-
-
-class Inbox:
-    """What comes in on one connection: read in large pieces, whatever the size of its messages.
-
-    Views that it hands out are valid until its next call.
-    """
-
-    def __init__(self, peer: socket.socket) -> None:
-        self._peer = peer
-        self._buffer = memoryview(bytearray(SMALL_BYTES))
-        self._start = self._stop = 0
-
-    def grow(self) -> None:
-        """Make room for payloads."""
-        if len(self._buffer) < LARGE_BYTES:
-            larger = memoryview(bytearray(LARGE_BYTES))
-            larger[: self._stop - self._start] = self._buffer[self._start : self._stop]
-            self._buffer, self._start, self._stop = larger, 0, self._stop - self._start
-
-    async def message(self) -> tuple[Kind, memoryview]:
-        """The next message; it may be waited for for ever. Raises TransportError for what is none, ConnectionError at the end."""
-        kind, size = door.parse_frame(await self.exactly(door.FRAME.size, first_s=None), door.MAX_REQUEST_BYTES)
-        return kind, await self.exactly(size)
-
-    async def exactly(self, size: int, first_s: float | None = PIECE_S) -> memoryview:
-        """The next `size` bytes. The first may take `first_s` seconds (None: for ever), the others PIECE_S each."""
-        patience_s = first_s if self._start == self._stop else PIECE_S
-        if size > len(self._buffer):
-            whole, at = memoryview(bytearray(size)), 0
-            while at < size:
-                part = await self.some(size - at)
-                whole[at : at + len(part)] = part
-                at += len(part)
-            return whole
-        while self._stop - self._start < size:
-            await self._more(size, patience_s)
-            patience_s = PIECE_S
-        return self._take(size)
-
-    async def some(self, limit: int) -> memoryview:
-        """At least one of the next bytes, at most `limit`."""
-        if self._start == self._stop:
-            await self._more(1, PIECE_S)
-        return self._take(min(limit, self._stop - self._start))
-
-    def _take(self, size: int) -> memoryview:
-        self._start += size
-        return self._buffer[self._start - size : self._start]
-
-    async def _more(self, wanted: int, patience_s: float | None) -> None:
-        held = self._stop - self._start
-        if self._start and (not held or self._start + wanted > len(self._buffer)):
-            self._buffer[:held] = bytes(self._buffer[self._start : self._stop])
-            self._start, self._stop = 0, held
-        async with asyncio.timeout(patience_s):
-            got = await asyncio.get_running_loop().sock_recv_into(self._peer, self._buffer[self._stop :])
-        if not got:
-            raise ConnectionError("the connection has ended")
-        self._stop += got

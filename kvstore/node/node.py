@@ -222,6 +222,7 @@ class StoreNode:
             before = state
             if quiet == IDLE_SWEEPS and not self.failed.is_set():
                 self._verify()
+                self._door.relax()
                 if self._on_idle:
                     await asyncio.to_thread(self._on_idle)
 

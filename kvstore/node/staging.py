@@ -40,7 +40,8 @@ class Stage:
 
     def __init__(self, stages: Stages) -> None:
         self.fd = sealed_memory("concertina-stage", STAGE_BYTES)
-        self._view = memoryview(mmap.mmap(self.fd, STAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ))
+        self._map = mmap.mmap(self.fd, STAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._view = memoryview(self._map)
         self._stages = stages
         stages.count += 1
 
@@ -48,6 +49,10 @@ class Stage:
         """Give it back. Views that are still about keep the memory alive."""
         os.close(self.fd)
         self._stages.count -= 1
+
+    def relax(self) -> None:
+        """Leave its pages to the guest, until they are read again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     async def take(self, body: memoryview, incoming: Incoming) -> list[Status]:
         """Take the pieces of an OFFER. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.

@@ -32,6 +32,16 @@ def guest_of(node):
     return guest, map_memory(descriptor, size, writable=True) if size else None
 
 
+def resident_bytes(view: memoryview) -> int:
+    """Of memory that this process maps, how much it has in its page table."""
+    start = f"{np.frombuffer(view, np.uint8).ctypes.data:x}-"
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if line.startswith(start):
+                return next(int(row.split()[1]) << 10 for row in maps if row.startswith("Rss:"))
+    raise LookupError(start)
+
+
 @pytest.mark.parametrize(("count", "size"), [(7, 100), (100, 70_000), (7, 3 * MIB), (7, 5 * MIB), (2, staging.STAGE_BYTES + 1)])
 async def test_blocks_that_are_put_on_the_same_host_come_back_as_they_were(count: int, size: int) -> None:
     async with store(arena=128 * MIB) as (node, client):
@@ -43,6 +53,22 @@ async def test_blocks_that_are_put_on_the_same_host_come_back_as_they_were(count
         guest.close()
         fetched = await fetch(client, await stored(client, blocks))
         assert [b"".join(block.payload) for block in fetched.blocks] == [b"".join(block.payload) for block in blocks]
+
+
+async def test_an_idle_node_leaves_the_pages_of_the_memory_to_the_guest_and_what_is_put_later_is_right() -> None:
+    async with store(arena=64 * MIB) as (node, client):
+        blocks, later = chain(4, size=2 * MIB), chain(4, size=2 * MIB, number=100)
+        guest = await asyncio.to_thread(open_door, node.record, True, "", 30.0)
+        for part in (blocks, later):
+            assert await asyncio.to_thread(guest.write, [(block, 0) for block in part], 60.0) == bytes([Status.OK] * 4)
+            (inside,) = node._door._guests
+            before = resident_bytes(inside._stage._view)
+            node._door.relax()
+            assert before >= 8 * MIB > 0 == resident_bytes(inside._stage._view)
+        guest.close()
+        for part in (blocks, later):
+            fetched = await fetch(client, await stored(client, part))
+            assert [b"".join(block.payload) for block in fetched.blocks] == [b"".join(block.payload) for block in part]
 
 
 async def test_a_guest_that_leaves_or_stands_still_within_a_block_leaves_nothing_behind() -> None:

@@ -129,6 +129,9 @@ class NoDoor:
     async def stop(self) -> None:
         """Nothing is open."""
 
+    def relax(self) -> None:
+        """Nothing is held."""
+
 
 class _Errors(logging.Handler):
     """What our code logs as an error it did not foresee: a violation."""
