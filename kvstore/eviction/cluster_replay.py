@@ -89,6 +89,7 @@ def replay_cluster(
     *,
     skew: Skew | None = None,
     stale: int = 20,
+    at_home: bool = True,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run `trace` through a cluster of `nodes` that share `capacity_blocks`, each with its own policy object.
@@ -99,6 +100,8 @@ def replay_cluster(
         Name of the policy of every node.
     stale : int
         Requests between two pressure reports of a node.
+    at_home : bool
+        Whether writers run on the nodes' hosts, and so prefer one; else all requests come to one writer, which prefers none.
 
     Raises
     ------
@@ -107,7 +110,7 @@ def replay_cluster(
     """
     if stale < 1 or capacity_blocks < nodes:
         raise ConfigError("a cluster needs --stale of at least 1 and a capacity of at least one block for each node")
-    cluster = _Cluster(trace, policy, capacity_blocks, nodes, ladder or Ladder())
+    cluster = _Cluster(trace, policy, capacity_blocks, nodes, ladder or Ladder(), at_home)
     skew = skew or Skew((1.0,) * nodes)
     begin = time.perf_counter()
     for seq, home in enumerate(_homes(trace, skew)):
@@ -125,7 +128,7 @@ def replay_cluster(
 
 
 class _Cluster:
-    def __init__(self, trace: Trace, policy: str, capacity_blocks: int, nodes: int, ladder: Ladder) -> None:
+    def __init__(self, trace: Trace, policy: str, capacity_blocks: int, nodes: int, ladder: Ladder, at_home: bool) -> None:
         self.trace, self.ladder = trace, ladder
         self.infos: list[BlockInfo] = trace.infos(ladder.sizes, ladder.losses)
         self.outcome = Outcome(trace.name, policy, capacity_blocks)
@@ -135,7 +138,7 @@ class _Cluster:
         for number in range(nodes):
             share = (capacity_blocks * (number + 1) // nodes - capacity_blocks * number // nodes) * ladder.sizes[0]
             self.nodes.append(_Node(str(number), create_online(policy), share))
-        self.placers = [Placer(node.name) for node in self.nodes]
+        self.placers = [Placer(node.name) for node in self.nodes] if at_home else [Placer()] * nodes
         self.waterline = 0.0
         self.lessons: list[bytes] = []
 

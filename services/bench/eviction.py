@@ -24,6 +24,8 @@ from kvstore.errors import ConfigError
 from kvstore.eviction.cluster_replay import replay_cluster
 from kvstore.eviction.replay import Outcome, capacity_of
 from kvstore.eviction.trace import BLOCK_TOKENS, Trace, read_trace
+from kvstore.node.config import NodeConfig
+from kvstore.node.pressure import REPORT_REQUESTS
 from services.plot import line_plot
 from services.progress import Progress
 
@@ -124,14 +126,16 @@ def sessions(minutes: float, seed: int = _SEED) -> Trace:
 
 
 async def agreement(trace: Trace, capacity_blocks: int, redis: Any) -> dict[str, Any]:
-    """Token hit rate of live nodes and of the replay, both with the default policy on `_NODES` nodes."""
+    """Token hit rate of live nodes and of the replay, both with the default policy on `_NODES` nodes and reports equally old."""
     arena = -(-capacity_blocks // _NODES) * _PAGE
     maker = Maker("trace", Shape((_PAGE,), (0.0,)))
     outcome = Outcome(trace.name, "value", capacity_blocks)
     async with LiveStore(redis, "agreement", nodes=_NODES, arena_bytes=arena, page_bytes=_PAGE, policy="value") as store:
         late_s = await _feed(store, trace, maker, outcome)
         totals = await store.totals()
-    expected = replay_cluster(trace, "value", capacity_blocks, _NODES)
+    rate = len(trace.requests) / max(trace.requests[-1].now - trace.requests[0].now, 1.0)
+    stale = min(max(round(rate * NodeConfig(arena=arena).heartbeat_s), 1), REPORT_REQUESTS)
+    expected = replay_cluster(trace, "value", capacity_blocks, _NODES, stale=stale, at_home=False)
     return {
         "part": "agreement",
         "live_hit_rate": outcome.token_hit_rate,
@@ -139,6 +143,7 @@ async def agreement(trace: Trace, capacity_blocks: int, redis: Any) -> dict[str,
         "difference_points": 100 * (outcome.token_hit_rate - expected.token_hit_rate),
         "requests": outcome.requests,
         "late_s": late_s,
+        "stale_requests": stale,
         **totals,
     }
 
