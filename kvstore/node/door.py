@@ -310,11 +310,7 @@ class Guest:
         outcome = await stage.take(body, incoming)
         if not incoming.open:
             self._incoming = self.write_ends = None
-        try:
-            left = self._send_now(door.message(Kind.STATUSES, bytes(outcome)))
-        finally:
-            incoming.settle()
-        await self._send(left)
+        await self._tell(outcome, incoming)
 
     def _begin_writing(self) -> Incoming:
         """What takes the blocks of the guest's write, which has a while to end from its beginning."""
@@ -326,11 +322,19 @@ class Guest:
     async def _end(self) -> None:
         incoming, self._incoming, self.write_ends = self._incoming, None, None
         self._inbox.shrink()
-        statuses: Sequence[Status] = ()
-        if incoming is not None:
-            incoming.finish()
-            statuses = incoming.statuses
-        await self._send(door.message(Kind.STATUSES, bytes(statuses)))
+        if incoming is None:
+            await self._send(door.message(Kind.STATUSES))
+            return
+        incoming.pause()
+        await self._tell(incoming.statuses, incoming)
+
+    async def _tell(self, outcome: Sequence[Status], incoming: Incoming) -> None:
+        """What became of blocks; and what nobody waits for, once that is on its way."""
+        try:
+            left = self._send_now(door.message(Kind.STATUSES, bytes(outcome)))
+        finally:
+            incoming.settle()
+        await self._send(left)
 
     def _send_now(self, data: bytes) -> memoryview:
         """Send what goes out at once. Returns the rest."""
