@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from kvstore.layout import DTYPES, KVLayout, dtype_name
 from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
+OnLayers = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,8 @@ class Codec(ABC):
     uses_profile: ClassVar[bool] = False
     #: Whether `encode` and `decode` need the block's token ids.
     needs_tokens: ClassVar[bool] = False
+    #: Whether `decode` has the model's lower layers long before the upper ones.
+    layerwise: ClassVar[bool] = False
     #: Bound on the error of any value, as a share of the block's largest |K| or |V|; None where the rate that is asked for decides.
     worst_error: ClassVar[float | None] = None
 
@@ -132,6 +135,13 @@ class Codec(ABC):
         CorruptBlockError
             For payloads that `_encode` cannot have written; before anything is allocated that depends on their content.
         """
+
+    def _decode_by_layers(
+        self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, on_layers: OnLayers
+    ) -> None:
+        """As `_decode`, and say how many of the model's first layers are done; for codecs that are `layerwise`, else all at once."""
+        self._decode(blocks, tokens_BT, k_BLHTD, v_BLHTD)
+        on_layers(self.layout.layers)
 
     def _layer_bytes(self, start: int, tokens: int) -> tuple[int, ...] | None:
         """Exact bytes of each layer of precision, for formats of fixed size; None for others. Checked before `_decode`."""
@@ -241,6 +251,7 @@ class Codec(ABC):
         fidelity: int | None = None,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
         device: torch.device | str | None = None,
+        on_layers: OnLayers | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one block, or a batch of blocks of the same length.
 
@@ -255,6 +266,8 @@ class Codec(ABC):
             last dimension must be dense.
         device : optional
             Where the result is made when `out` is not given; the CPU by default.
+        on_layers : callable, optional
+            Told, in this thread, how many of the model's first layers are in `out` for good; the last time that it is all of them.
 
         Returns
         -------
@@ -286,7 +299,10 @@ class Codec(ABC):
             out = (k[0], v[0]) if single else out
         else:
             k, v = (self._checked_out(x, shape, single) for x in out)
-        self._decode(stored, ids, k, v)
+        if on_layers is None:
+            self._decode(stored, ids, k, v)
+        else:
+            self._decode_by_layers(stored, ids, k, v, on_layers)
         return out
 
     def _stored(self, block: EncodedBlock, fidelity: int | None) -> Stored:

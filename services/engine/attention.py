@@ -130,6 +130,8 @@ def attend(
         return _attend_tokens(module.layer_idx, step, query, key, value, scaling, sliding_window)[None], None
     out_NQD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for tile in step.tiles:
+        if tile.kv.coming is not None:
+            tile.kv.coming.wait(module.layer_idx, step.between)
         _attend_tile(module.layer_idx, tile, step.masks, query, key, value, out_NQD, scaling, sliding_window)
     if step.between is not None:
         step.between()

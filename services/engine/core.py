@@ -17,7 +17,7 @@ from kvstore.errors import CapacityError, ConcertinaError, DeadlineError
 from kvstore.identity import block_key
 from kvstore.metrics import Metrics
 
-from .base import Delta
+from .base import CacheReport, Delta
 from .job import Job, Preempted
 from .prefixes import LiveBlock, LivePrefixes
 from .rates import Rates
@@ -169,16 +169,29 @@ class Core:
             tiles.append(PromptTile(job.kv, start, job.spec.tokens[start:stop], logits=whole, press=job.watcher))
             if whole:
                 finished.append(job)
+        waited = any(tile.kv.coming is not None for tile in tiles)
         logits = self._runner.prefill(tiles, self._decode_within)
+        self._end_coming({tile[0] for tile in plan.prefill})
         for id_, start, stop in plan.prefill:
-            self._scheduler.computed(id_, stop)
-            self._came(self._jobs[id_], start, stop)
+            if id_ in self._jobs:
+                self._scheduler.computed(id_, stop)
+                self._came(self._jobs[id_], start, stop)
         for row, job in enumerate(finished):
-            self._publish(job, len(job.spec.tokens))
-            self._next_token(job, logits[row])
+            if job.id in self._jobs:
+                self._publish(job, len(job.spec.tokens))
+                self._next_token(job, logits[row])
         rows = sum(len(tile.tokens) for tile in tiles)
-        if rows % self._runner.tile == 0:  # few rows have a rate of their own
+        if rows % self._runner.tile == 0 and not waited:  # few rows have a rate of their own
             self._rates.prefilled(rows, self._clock.now() - began)
+
+    def _end_coming(self, ids: set[str]) -> None:
+        """A step has gone through all layers: what was coming is there. Who computed on what was lost does so again, without the store."""
+        for job in [self._jobs[id_] for id_ in sorted(ids)]:
+            coming, job.kv.coming = job.kv.coming, None
+            if coming is not None and coming.lost:
+                job.compute, job.prefix.report = len(job.spec.tokens), CacheReport()
+                self._forget(job.id)
+                job.sink(Preempted())
 
     def _decode(self, plan: Plan) -> None:
         self._advance(self._with_room([self._jobs[id_] for id_ in plan.decode]))

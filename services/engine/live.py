@@ -14,7 +14,15 @@ from torch.nn import functional
 from kvstore.errors import CapacityError
 from kvstore.layout import KVLayout
 
+from .coming import Coming
 from .pages import Pages
+
+#: Told how many of the model's first layers are in place.
+Layers = Callable[[int], None]
+
+
+def _ignore(layers: int) -> None:
+    """For those who do not want to know."""
 
 
 class LivePool:
@@ -48,14 +56,24 @@ class LivePool:
         k, v = _select(self.k_LHPTD, pages, 2), _select(self.v_LHPTD, pages, 2)
         return k.permute(2, 0, 1, 3, 4), v.permute(2, 0, 1, 3, 4)
 
-    def fill(self, pages: Sequence[int], write: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-        """Let `write` set K and V [B, L, H, T, D] of these pages."""
+    def fill(self, pages: Sequence[int], write: Callable[[torch.Tensor, torch.Tensor, Layers], None], on_layers: Layers = _ignore) -> None:
+        """Let `write` set K and V [B, L, H, T, D] of these pages.
+
+        `write` says each time (its third argument) how many of the first layers it has set for good, at last that it was all of them;
+        `on_layers` hears the same once they are in the pages.
+        """
         k, v = self.blocks(pages)
-        write(k, v)
-        if not _in_a_row(pages):
-            index = torch.tensor(pages, device=self.device)
-            self.k_LHPTD.index_copy_(2, index, k.permute(1, 2, 0, 3, 4))
-            self.v_LHPTD.index_copy_(2, index, v.permute(1, 2, 0, 3, 4))
+        index, done = None if _in_a_row(pages) else torch.tensor(pages, device=self.device), 0
+
+        def place(layers: int) -> None:
+            nonlocal done
+            if index is not None:
+                for pool_LHPTD, x_BLHTD in ((self.k_LHPTD, k), (self.v_LHPTD, v)):
+                    pool_LHPTD[done:layers].index_copy_(2, index, x_BLHTD[:, done:layers].permute(1, 2, 0, 3, 4))
+            done = layers
+            on_layers(layers)
+
+        write(k, v, place)
 
     def set_aside(self, pages: Sequence[int]) -> list[int]:
         """Where a copy of these pages is held, out of the requests' way; the pages themselves, where there is no room for one."""
@@ -81,6 +99,8 @@ class LiveKV:
         self.pool, self.layout, self.device, self.block_tokens = pool, pool.layout, pool.device, pool.block_tokens
         self.length = 0
         self.page_ids: list[int] = []
+        #: Set while upper layers of the cached prefix are still being written.
+        self.coming: Coming | None = None
         self.positions_LHT: torch.Tensor | None = None
 
     def reserve(self, tokens: int) -> None:
@@ -95,9 +115,13 @@ class LiveKV:
         self.length = len(pages) * self.block_tokens
 
     def release(self) -> None:
-        """Give all pages back. Calling it again changes nothing."""
+        """Give all pages back, as soon as nobody writes to them. Calling it again changes nothing."""
         pages, self.page_ids, self.length = self.page_ids, [], 0
-        self.pool.pages.give(pages)
+        coming, self.coming = self.coming, None
+        if coming is None:
+            self.pool.pages.give(pages)
+        else:
+            coming.abandon(lambda: self.pool.pages.give(pages))
 
     def layer(self, layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [H, S, D] of the tokens before `stop` in one layer: views where the pages lie in a row, else copies."""
@@ -130,7 +154,13 @@ class LiveKV:
         before = self.positions_LHT
         self.positions_LHT = (places_LHN if before is None else before.gather(2, places_LHN)).clone()
         k, v = (x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4) for x in kept)
-        self.pool.fill(self.page_ids, lambda to_k, to_v: (to_k.copy_(k), to_v.copy_(v)))
+
+        def write(to_k: torch.Tensor, to_v: torch.Tensor, place: Layers) -> None:
+            to_k.copy_(k)
+            to_v.copy_(v)
+            place(self.layout.layers)
+
+        self.pool.fill(self.page_ids, write)
 
     def appended(self, position: int) -> None:
         """The token at the last place was at `position` of the sequence; needs no saying before tokens are dropped."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 from kvstore.errors import CapacityError
 
@@ -72,8 +73,12 @@ class Seating:
                 shared = prefix.tokens // size
                 if self._reader is not None and prefix.keys:
                     await self._reader.read(job.spec, prefix, usable)
-                pages = kv.page_ids[shared : prefix.tokens // size]
-                self._prefixes.came(job.id, shared, [LiveBlock(page, prefix.provenance) for page in pages])
+                blocks = [LiveBlock(page, prefix.provenance) for page in kv.page_ids[shared : prefix.tokens // size]]
+                came = partial(self._prefixes.came, job.id, shared, blocks)
+                if kv.coming is None:
+                    came()
+                else:
+                    kv.coming.whole(came)
             except BaseException:
                 undo()
                 raise

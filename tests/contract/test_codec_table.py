@@ -246,3 +246,20 @@ def test_nothing_global_changes_and_threads_may_share_a_codec(name):
         assert_same(pair, want)
     after = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state(), torch.is_grad_enabled()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and before[3] == after[3]
+
+
+@every_layout
+@every_codec
+def test_layers_that_are_said_to_be_there_stay_as_they_are(name, layout):
+    codec, starts = make_codec(name, layout), [0, 32, 64]
+    k, v, tokens = (torch.stack(x) for x in zip(*(make_tensors(layout, 32, start, start) for start in starts), strict=True))
+    blocks = codec.encode(k, v, start=starts, tokens=tokens)
+    want, out, seen = codec.decode(blocks, tokens=tokens), (torch.empty_like(k), torch.empty_like(v)), [0]
+
+    def on_layers(layers: int) -> None:
+        assert_same((x[:, :layers] for x in out), (x[:, :layers] for x in want))
+        seen.append(layers)
+
+    assert_same(codec.decode(blocks, tokens=tokens, out=out, on_layers=on_layers), want)
+    assert seen == sorted(set(seen)) and seen[-1] == layout.layers
+    assert len(seen) > 2 or not codec.layerwise or layout.layers < 128  # others are one group

@@ -27,7 +27,7 @@ from kvstore.block import MAX_FIDELITIES, BlockHeader, Distortion, EncodedBlock,
 from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError
 from kvstore.layout import KVLayout
 
-from ..base import Codec, Coded, Stored
+from ..base import Codec, Coded, OnLayers, Stored
 from ..parallel import spread
 from . import device, native, rate
 from .classes import TokenClasses, arranged, harms, most_classes, packed_bytes, put_back
@@ -51,6 +51,7 @@ class TransformCodec(Codec):
     wire_id = 7
     uses_profile = True
     needs_tokens = True
+    layerwise = True
 
     @dataclass(frozen=True)
     class Config:
@@ -201,12 +202,20 @@ class TransformCodec(Codec):
         return super()._stored(block, fidelity)
 
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        self._decode_by_layers(blocks, tokens_BT, k_BLHTD, v_BLHTD, lambda layers: None)
+
+    def _decode_by_layers(
+        self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, on_layers: OnLayers
+    ) -> None:
         per = max(1, CHUNK_VALUES // (self.layout.values_per_token * blocks[0].tokens))
         for at in range(0, len(blocks), per):
-            chunk = slice(at, at + per)
-            self._decode_chunk(blocks[chunk], None if tokens_BT is None else tokens_BT[chunk], k_BLHTD[chunk], v_BLHTD[chunk])
+            chunk, last = slice(at, at + per), at + per >= len(blocks)
+            tokens = None if tokens_BT is None else tokens_BT[chunk]
+            self._decode_chunk(blocks[chunk], tokens, k_BLHTD[chunk], v_BLHTD[chunk], on_layers if last else lambda layers: None)
 
-    def _decode_chunk(self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _decode_chunk(
+        self, blocks: Sequence[Stored], tokens: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, on_layers: OnLayers
+    ) -> None:
         projection = Projection.of(self.profile, self.layout, k.device)
         parsed, length = [self._parsed(b, len(projection.groups)) for b in blocks], k.shape[3]
         positions, order = self._positions([b.start for b in blocks], length), None
@@ -216,15 +225,18 @@ class TransformCodec(Codec):
             positions, tokens = positions.gather(1, order), None if tokens is None else tokens.cpu().gather(1, order)
         batch = parsed, [b.start == 0 for b in blocks], positions, tokens, k, v
         if k.device.type == "cpu":
-            native.restore(self.layout, projection, *batch)
+            restored = native.restore(self.layout, projection, *batch)
         else:
-            device.restore(self.layout, projection, projection.coder, *batch)
-        if order is not None:
-            put_back(k, order)
-            put_back(v, order)
-        for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
-            if block.start == 0:
-                self._put_exact(layers[0], k_LHTD, v_LHTD)
+            restored = device.restore(self.layout, projection, projection.coder, *batch)
+        for group in restored:
+            mine = slice(group.first, group.last)
+            if order is not None:
+                put_back(k[:, mine], order)
+                put_back(v[:, mine], order)
+            for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
+                if block.start == 0:
+                    self._put_exact(layers[0], mine, k_LHTD, v_LHTD)
+            on_layers(group.last)
 
     def _parsed(self, block: Stored, groups: int) -> list[LayerPayload]:
         sink = self.layout.raw_bytes(1) if block.start == 0 else 0
@@ -232,12 +244,13 @@ class TransformCodec(Codec):
         return [base, *(LayerPayload.from_bytes(data, len(base.words)) for data in block.layers[1:])]
 
     @staticmethod
-    def _put_exact(layer: LayerPayload, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:
+    def _put_exact(layer: LayerPayload, mine: slice, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:
+        """The first token's values, in the model's layers `mine`."""
         dtype = torch.bfloat16 if layer.bfloat16 else torch.float16
         first = torch.frombuffer(bytearray(layer.exact), dtype=dtype).to(k_LHTD.device)
         half = first.numel() // 2
-        k_LHTD[:, :, 0] = first[:half].view(k_LHTD.shape[0], k_LHTD.shape[1], -1)
-        v_LHTD[:, :, 0] = first[half:].view(v_LHTD.shape[0], v_LHTD.shape[1], -1)
+        k_LHTD[mine, :, 0] = first[:half].view(k_LHTD.shape[0], k_LHTD.shape[1], -1)[mine]
+        v_LHTD[mine, :, 0] = first[half:].view(v_LHTD.shape[0], v_LHTD.shape[1], -1)[mine]
 
 
 def _orders(classes: Sequence[TokenClasses], length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ Legend: B blocks, T tokens a block, N = B·T, R coefficients, P passes, D rows' 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from kvstore.errors import CorruptBlockError
 from kvstore.layout import KVLayout
 
 from . import kernels
-from .groups import gather, split
+from .groups import Group, gather, split
 from .ladder import DITHER, Ladder
 from .models import LAW, Models
 from .moments import unrotate
@@ -54,8 +54,8 @@ def transform(
 def restore(
     layout: KVLayout, projection: Projection, coder: Coder, payloads: Sequence[Sequence[LayerPayload]], exact: Sequence[bool],
     positions: torch.Tensor, tokens_BT: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
-) -> None:
-    """Write the values of K and V [B, L, H, T, D], all but a block's exact first token.
+) -> Iterator[Group]:
+    """Write the values of K and V [B, L, H, T, D], all but a block's exact first token; gives each group once it is written.
 
     Raises
     ------
@@ -81,6 +81,7 @@ def restore(
         keys, values = split(x, group, layout, blocks)
         k[:, group.first : group.last] = unrotate(layout, keys, positions, inverse=False)
         v[:, group.first : group.last] = values
+        yield group
 
 
 def _decode_passes(coder: Coder, cells: Sequence[_Cells], group: int) -> None:

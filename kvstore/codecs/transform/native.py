@@ -9,7 +9,7 @@ Legend: B blocks, T tokens a block, N = B·T, C columns of a group, R coefficien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,8 +96,8 @@ def transform(
 def restore(
     layout: KVLayout, projection: Projection, payloads: Sequence[Sequence[LayerPayload]], exact: Sequence[bool],
     positions: torch.Tensor, tokens_BT: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
-) -> None:
-    """Write the values of K and V [B, L, H, T, D], all but a block's exact first token.
+) -> Iterator[Group]:
+    """Write the values of K and V [B, L, H, T, D], all but a block's exact first token; gives each group once it is written.
 
     Raises
     ------
@@ -110,6 +110,7 @@ def restore(
         rows_NC = _group_rows(projection, i, group, decoders, known, length)
         cache, tiles = Cache(k, v, group, rotations.of(group)), rows_NC.numpy().reshape(blocks, length, -1)
         spread(lambda b, cache=cache, tiles=tiles: cache.put(b, tiles[b]), range(blocks))
+        yield group
 
 
 def _group_rows(
