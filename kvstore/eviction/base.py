@@ -64,7 +64,7 @@ class BlockInfo:
     partial: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Victim:
     """The cheapest loss: `rung` None drops the block, else demotes it to that rung. `value` is what it loses per byte."""
 
@@ -89,7 +89,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
-        """A request used or inserted `blocks` (a chain, root first). Those not resident become resident at rung 0.
+        """A request used or inserted `blocks` (a chain, root first, each once). Those not resident become resident at rung 0.
 
         A block that is resident at a lower rung and given here keeps its rung, unless `promoted` is called.
         """

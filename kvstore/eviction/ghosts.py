@@ -37,15 +37,18 @@ class Ghosts:
             self._enlarge(int(1.0625 * residents * self.per_block))
         if self._origin is None:
             self._origin = time
-        at = self._at
-        self._at = at + 1 if at + 1 < len(self._hash) else 0
-        forgotten = None
-        if self._state[at] != _EMPTY:
-            forgotten = (self._state[at], self._time[at] + self._origin)
+        at, states, forgotten = self._at, self._state, None
+        self._at = at + 1 if at + 1 < len(states) else 0
+        old = states[at]
+        if old != _EMPTY:
+            forgotten = (old, self._time[at] + self._origin)
             self._unlink(at)
         else:
             self.count += 1
-        self._put(at, hash(id), state, time - self._origin)
+        hashed, heads = hash(id), self._heads
+        head = hashed & (len(heads) - 1)
+        self._hash[at], states[at], self._time[at] = hashed, state, time - self._origin
+        self._next[at], heads[head] = heads[head], at
         return forgotten
 
     def take(self, id: BlockId) -> tuple[int, float] | None:
@@ -72,7 +75,8 @@ class Ghosts:
         return state[here], time[here] + (self._origin or 0.0)
 
     def _locate(self, hashed: int) -> int:
-        at, hashes, following = self._heads[hashed & (len(self._heads) - 1)], self._hash, self._next
+        hashes, following = self._hash, self._next
+        at = self._heads[hashed & (len(self._heads) - 1)]
         while at >= 0 and hashes[at] != hashed:
             at = following[at]
         return at
@@ -84,28 +88,26 @@ class Ghosts:
         self._next = array("i", [NONE]) * size
         self._heads = array("i", [NONE]) * (1 << max(size // 2, 1).bit_length())
 
-    def _put(self, at: int, hashed: int, state: int, time: float) -> None:
-        self._hash[at], self._state[at], self._time[at] = hashed, state, time
-        head = hashed & (len(self._heads) - 1)
-        self._next[at], self._heads[head] = self._heads[head], at
-
     def _unlink(self, at: int) -> None:
-        head, following = self._hash[at] & (len(self._heads) - 1), self._next
-        before = self._heads[head]
+        heads, following = self._heads, self._next
+        head = self._hash[at] & (len(heads) - 1)
+        before = heads[head]
         if before == at:
-            self._heads[head] = following[at]
+            heads[head] = following[at]
             return
         while following[before] != at:
             before = following[before]
         following[before] = following[at]
 
     def _enlarge(self, size: int) -> None:
-        old = [
-            (self._hash[at], self._state[at], self._time[at])
-            for at in (*range(self._at, len(self._hash)), *range(self._at))
-            if self._state[at] != _EMPTY
-        ]
+        oldest_first = np.roll(np.arange(len(self._hash)), -self._at)
+        kept = oldest_first[np.array(self._state)[oldest_first] != _EMPTY]
+        hashes, times, states = (np.array(column)[kept] for column in (self._hash, self._time, self._state))
         self._clear(size)
-        for at, ghost in enumerate(old):
-            self._put(at, *ghost)
-        self._at = len(old)
+        self._at = len(kept)
+        self._hash[: self._at] = array("q", hashes.tobytes())
+        self._time[: self._at] = array("f", times.tobytes())
+        self._state[: self._at] = array("I", states.tobytes())
+        following, heads = self._next, self._heads
+        for at, head in enumerate((hashes & (len(heads) - 1)).tolist()):
+            following[at], heads[head] = heads[head], at

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,23 @@ class StepTable:
         self.rows: list[tuple[Step, ...]] = []
         self._exact: dict[tuple[tuple[int, ...], tuple[float, ...]], int] = {}
         self._rounded: dict[tuple[tuple[int, ...], ...], int] = {}
+        self._last: tuple[Any, Any, int] = (None, None, 0)  # most blocks in a row have one and the same ladder
 
     def number(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> int:
         """The number of this ladder; the same for ladders that cost about the same."""
+        if sizes is self._last[0] and losses is self._last[1]:
+            return self._last[2]
         found = self._exact.get((sizes, losses))
-        if found is not None:
-            return found
+        if found is None:
+            found = self._round(sizes, losses)
+        self._last = sizes, losses, found
+        return found
+
+    def first(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> Step:
+        """The next step of a whole block with this ladder."""
+        return self.rows[self.number(sizes, losses)][0]
+
+    def _round(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> int:
         rounded = (
             tuple(round(32 * size / max(sizes[0], 1)) for size in sizes),
             tuple(round(8 * math.log2(max(loss, 1e-6))) for loss in losses),
@@ -70,10 +82,6 @@ class StepTable:
         if len(self._exact) < 4 * self.limit:
             self._exact[sizes, losses] = found
         return found
-
-    def first(self, sizes: tuple[int, ...], losses: tuple[float, ...]) -> Step:
-        """The next step of a whole block with this ladder."""
-        return self.rows[self.number(sizes, losses)][0]
 
     def _new(self, rounded: tuple[tuple[int, ...], ...], row: tuple[Step, ...]) -> int:
         if len(self.rows) >= self.limit:

@@ -62,9 +62,9 @@ class ReuseModel:
         """`blocks` blocks of class `cls` were used at this age."""
         self._new_uses[cls * _BUCKETS + bisect_right(EDGES_S, age_s) - 1] += blocks
 
-    def forgot(self, cls: int, age_s: float) -> None:
-        """A block of the class reached this age and will be watched no longer."""
-        self._new_forgotten[cls * _BUCKETS + bisect_right(EDGES_S, age_s) - 1] += 1
+    def forgot(self, cls: int, age_s: float, blocks: int = 1) -> None:
+        """`blocks` blocks of the class reached this age and will be watched no longer."""
+        self._new_forgotten[cls * _BUCKETS + bisect_right(EDGES_S, age_s) - 1] += blocks
 
     def learn(self, waiting: np.ndarray, requests: int) -> None:
         """Set `values` from all counts, after `requests` more, and from the blocks that still wait, ``[class, bucket]``."""
@@ -127,8 +127,9 @@ def gittins(hazard: np.ndarray) -> np.ndarray:
     drop = survival[:, :-1] - survival[:, 1:]
     spent = np.where(steps > 1e-9, drop / np.maximum(hazard, 1e-12), survival[:, :-1] * _WIDTH_S)
     waited = np.concatenate([zero, np.cumsum(spent, axis=1)], axis=1)
-    gain = survival[:, :-1, None] - survival[:, None, 1:]
-    cost = waited[:, None, 1:] - waited[:, :-1, None]
-    horizon = np.arange(hazard.shape[1])
-    valid = horizon[:, None] <= horizon[None, :]
-    return np.where(valid, gain / np.maximum(np.where(valid, cost, 1.0), 1e-12), 0.0).max(axis=2)
+    best = np.zeros_like(hazard)
+    for end in range(1, hazard.shape[1] + 1):  # the horizon
+        gain = survival[:, :end] - survival[:, end : end + 1]
+        cost = np.maximum(waited[:, end : end + 1] - waited[:, :end], 1e-12)
+        np.maximum(best[:, :end], gain / cost, out=best[:, :end])
+    return best

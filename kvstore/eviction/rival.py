@@ -54,6 +54,8 @@ class Rival:
 
     def left(self, time: float, blocks: int) -> None:
         """So many blocks that were last used at `time` are used again, or forgotten."""
+        if time + 2 * _SAME_S < self.cutoff:
+            return  # surely before the cutoff, which most ghosts are
         row = bisect_right(self._times, time + _SAME_S) - 1
         if row >= self._first:
             self._counts[row] -= blocks

@@ -1,7 +1,7 @@
 """Which blocks are resident, and which of them are leaves: the bookkeeping that all policies share.
 
-Blocks live in *slots* of flat arrays, found by the 64-bit hash of their id through chains in two more arrays: about 50 bytes a
-block, where a dict of objects takes 300. A slot whose block is not resident but is the parent of resident ones is kept as a place
+Blocks live in *slots* of flat arrays, found by the hash of their id through chains in two more arrays: about 40 bytes a block, where
+a dict of objects takes 300. A slot whose block is not resident but is the parent of resident ones is kept as a place
 holder, so that blocks may come and go in any order (their parents may live on other nodes).
 """
 
@@ -24,32 +24,33 @@ class BlockTable:
     ----------
     parent : array of int32
         Slot of the parent, -1 at a root.
-    children : array of int32
+    children : list of int
         Resident children.
-    depth : array of int32
-    rung, shape : array of uint8
+    depth : list of int
+    rung, shape : bytearray
         Where the block stands on its ladder, and which ladder (`StepTable`).
     resident : bytearray
         1 where the slot holds a resident block.
+    holds : dict
+        Holds by id, of blocks that are held, resident or not.
     ids : list
-        Id by slot, None in a place holder's or a free slot.
+        Id by slot, a place holder's too; None in a free slot.
     """
 
     def __init__(self) -> None:
         self.parent = array("i")
-        self.children = array("i")
-        self.depth = array("i")
-        self.rung = array("B")
-        self.shape = array("B")
+        self.children: list[int] = []
+        self.depth: list[int] = []
+        self.rung = bytearray()
+        self.shape = bytearray()
         self.ids: list[BlockId | None] = []
         self.steps = StepTable()
         self.count = 0
         self.resident = bytearray()
-        self._hash = array("q")
         self._next = array("i")
         self._heads = array("i", [NONE]) * 64
         self._free = array("i")
-        self._holds: dict[BlockId, int] = {}
+        self.holds: dict[BlockId, int] = {}
 
     def __len__(self) -> int:
         """Resident blocks."""
@@ -62,34 +63,48 @@ class BlockTable:
 
     def find(self, id: BlockId) -> int:
         """Slot of a resident block, -1 if it is not resident."""
-        slot = self._lookup(hash(id), id)
+        slot = self.locate(id)
         return slot if slot >= 0 and self.resident[slot] else NONE
 
-    def add(self, block: BlockInfo) -> int:
-        """Make a block that is not resident resident at rung 0; its slot."""
-        slot = self._slot_of(block.id)
-        parent = NONE if block.parent is None else self._slot_of(block.parent)
+    def locate(self, id: BlockId) -> int:
+        """Slot of a block or of a place holder for it, -1 if there is neither."""
+        ids, following = self.ids, self._next
+        slot = self._heads[hash(id) & (len(self._heads) - 1)]
+        while slot >= 0 and ids[slot] != id:
+            slot = following[slot]
+        return slot
+
+    def add(self, block: BlockInfo, slot: int | None = None) -> int:
+        """Make a block that is not resident resident at rung 0; its slot. Left out, `slot` is what `locate` answers for it."""
+        shape, parent = self.steps.number(block.sizes, block.losses), NONE
+        if slot is None:
+            slot = self.locate(block.id)
+        if slot < 0:
+            slot = self._allocate(block.id)
+        if block.parent is not None:
+            parent = self.locate(block.parent)
+            if parent < 0:
+                parent = self._allocate(block.parent)
+            self.children[parent] += 1
         self.resident[slot] = 1
         self.parent[slot] = parent
         self.depth[slot] = block.depth
         self.rung[slot] = 0
-        self.shape[slot] = self.steps.number(block.sizes, block.losses)
+        self.shape[slot] = shape
         self.count += 1
-        if parent >= 0:
-            self.children[parent] += 1
         return slot
 
     def remove(self, slot: int) -> int:
         """The block left. Answers the slot of its parent if that became a leaf by it, else -1."""
-        parent = self.parent[slot]
+        parent, children = self.parent[slot], self.children
         self.resident[slot] = 0
         self.count -= 1
-        if not self.children[slot]:
+        if not children[slot]:
             self._discard(slot)
         if parent < 0:
             return NONE
-        self.children[parent] -= 1
-        if self.children[parent]:
+        children[parent] = others = children[parent] - 1
+        if others:
             return NONE
         if self.resident[parent]:
             return parent
@@ -126,55 +141,44 @@ class BlockTable:
 
     def hold(self, id: BlockId) -> None:
         """Count one more hold of `id`, resident or not."""
-        self._holds[id] = self._holds.get(id, 0) + 1
+        self.holds[id] = self.holds.get(id, 0) + 1
 
     def release(self, id: BlockId) -> bool:
         """Undo one hold; True when it was the last one."""
-        left = self._holds.get(id, 0) - 1
+        left = self.holds.get(id, 0) - 1
         if left > 0:
-            self._holds[id] = left
+            self.holds[id] = left
             return False
-        return self._holds.pop(id, None) is not None
+        return self.holds.pop(id, None) is not None
 
     def is_held(self, slot: int) -> bool:
         """Whether the block in the slot is held."""
-        return bool(self._holds) and self.ids[slot] in self._holds
+        return bool(self.holds) and self.ids[slot] in self.holds
 
-    def _lookup(self, hashed: int, id: BlockId) -> int:
-        slot, hashes, following = self._heads[hashed & (len(self._heads) - 1)], self._hash, self._next
-        while slot >= 0 and (hashes[slot] != hashed or self.ids[slot] != id):
-            slot = following[slot]
-        return slot
-
-    def _slot_of(self, id: BlockId) -> int:
-        hashed = hash(id)
-        slot = self._lookup(hashed, id)
-        return slot if slot >= 0 else self._allocate(hashed, id)
-
-    def _allocate(self, hashed: int, id: BlockId) -> int:
+    def _allocate(self, id: BlockId) -> int:
         if self._free:
             slot = self._free.pop()
-            self.ids[slot], self._hash[slot] = id, hashed
+            self.ids[slot] = id
         else:
             slot = len(self.ids)
             self.ids.append(id)
-            self._hash.append(hashed)
             for column in (self.parent, self._next):
                 column.append(NONE)
             for column in (self.children, self.depth, self.rung, self.shape, self.resident):
                 column.append(0)
             if slot >= len(self._heads):
                 self._grow()
-        head = hashed & (len(self._heads) - 1)
-        self._next[slot], self._heads[head] = self._heads[head], slot
+        heads = self._heads
+        head = hash(id) & (len(heads) - 1)
+        self._next[slot], heads[head] = heads[head], slot
         return slot
 
     def _discard(self, slot: int) -> None:
-        hashed, following = self._hash[slot], self._next
-        head = hashed & (len(self._heads) - 1)
-        at = self._heads[head]
+        heads, following = self._heads, self._next
+        head = hash(self.ids[slot]) & (len(heads) - 1)
+        at = heads[head]
         if at == slot:
-            self._heads[head] = following[slot]
+            heads[head] = following[slot]
         else:
             while following[at] != slot:
                 at = following[at]
@@ -184,8 +188,7 @@ class BlockTable:
 
     def _grow(self) -> None:
         """Double the chains' heads. Runs only when no slot is free: every slot but the newest is in a chain."""
-        self._heads = array("i", [NONE]) * (2 * len(self._heads))
-        mask = len(self._heads) - 1
+        self._heads = heads = array("i", [NONE]) * (2 * len(self._heads))
         for slot in range(len(self.ids) - 1):
-            head = self._hash[slot] & mask
-            self._next[slot], self._heads[head] = self._heads[head], slot
+            head = hash(self.ids[slot]) & (len(heads) - 1)
+            self._next[slot], heads[head] = heads[head], slot
