@@ -18,8 +18,9 @@ from typing import ClassVar
 import numpy as np
 
 from .base import BlockId, BlockInfo, EvictionPolicy, Request, Victim
-from .candidates import Candidates
+from .candidates import DEPTH_SCALE, Candidates
 from .ghosts import Ghosts
+from .ladder import Step
 from .reuse import EDGES_S, ReuseModel
 from .rival import Rival
 from .table import NONE, BlockTable
@@ -34,17 +35,25 @@ _TURNS, _USES = (3, 6), (2, 3, 5)
 _SITUATIONS = 1 + (len(_TURNS) + 1) * (len(_PAUSES_S) + 1)
 _WIDTH = _SITUATIONS * (len(_LENGTHS_TOKENS) + 1)
 _PARTIAL = (len(_USES) + 1) * _WIDTH
+#: What is known of a block is one word, the state of its ghost too: its class in the low byte, then how often it was used, its turn, and
+#: its children so far, each in 4 bits and up to 15, then its pace.
+_USES_AT, _TURN_AT, _FAN_AT, _PACE_AT = 8, 12, 16, 20
+_FAN = 0xF << _FAN_AT
+_KEPT = ~((1 << _TURN_AT) - 1)  # all but class and uses
 #: Group of like classes, by class: how often used, and the partial tails.
 _GROUPS = [cls // _WIDTH for cls in range(_PARTIAL)] + [len(_USES) + 1]
 #: First class of a block's number of uses.
-_OF_USES = [_WIDTH * bisect_right(_USES, uses) for uses in range(256)]
+_OF_USES = [_WIDTH * bisect_right(_USES, uses) for uses in range(17)]
+#: By the number of uses before: class and uses in the word of a block that is used again, less the class of one used once.
+_USED_AGAIN = [_OF_USES[uses] | uses << _USES_AT for uses in (*range(1, 16), 15)]
 #: The first rounds of learning come sooner: after so many requests, then each time there are a quarter more.
 _FIRST_ROUND = 10
 #: A block that ever had this many children is a shared root: what follows it is a new conversation.
 _SHARED_CHILDREN = 4
-_RUNGS = 16
-#: Of blocks alike in class and age the deeper is worth less, by half at this depth: over many nodes a chain is then given up from its tail.
-_DEPTH_SCALE = 3000.0
+#: Class and uses in the word of a partial tail that was used once.
+_PARTIAL_ONCE = _PARTIAL | 1 << _USES_AT
+#: A group of candidates is named by class, ladder and rung, the lowest bits of its key.
+_RUNG_BITS = 8
 
 
 def _pace_of(pause_s: float) -> int:
@@ -83,22 +92,20 @@ class ValuePolicy(EvictionPolicy):
         self.model = ReuseModel(_GROUPS, memory=self.config.memory)
         self.model.values[_PARTIAL] = array("f", [value * 1e-3 for value in self.model.values[_PARTIAL]])
         self._used_at = array("d")
-        self._class = bytearray()
-        self._uses = bytearray()
-        self._turn = bytearray()
-        self._fan = bytearray()
-        self._pace = bytearray()
+        self._state = array("I")
         self._ghosts = Ghosts(self.config.ghosts_per_block)
-        self._candidates = Candidates(self._price, self._used_at)
+        self._candidates = Candidates(self._curve, self._used_at, self.table.depth)
         self._rival = Rival()
         self._requests = self._touched = self._all_requests = 0
         self._seq: int | None = None
         self._base: int | None = None  # class of the request under way for blocks used once
         self._turn_now, self._pace_now = 1, 0
         self._now = 0.0
+        self._forgotten = (0, 0.0, 0)  # class, time of the last use, and number of a run of ghosts that are not yet counted
         self._victim = NONE  # the slot last named
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
+        self._count_forgotten()
         self._now = now = max(request.now, self._now)
         begins = request.seq != self._seq
         if begins:
@@ -114,27 +121,27 @@ class ValuePolicy(EvictionPolicy):
         if known or self._base is None:
             before = slots[known - 1] if known else self.table.parent[slots[0]]
             self._turn_now, self._pace_now, self._base = self._situation(before, request.input_tokens, now)
-        self._mark_new(slots, known)
-        self._classify(blocks, slots, self._base, now)
+        self._classify(blocks, slots, known, now)
         self._touched += len(blocks)
         if self._is_round_due():
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
-        found = self._candidates.cheapest(max(now, self._now))
+        found = self._candidates.cheapest(now if now > self._now else self._now)
         if found is None:
             return None
-        value, self._victim = found
-        return Victim(self.table.ids[self._victim], self.table.step(self._victim).rung, value)
+        value, slot, step = found
+        self._victim = slot
+        return Victim(self.table.ids[slot], step.rung, value)
 
     def worth(self, request: Request, block: BlockInfo) -> float:
         ghost = self._ghosts.find(block.id)
-        count = 1 if ghost is None else (ghost[0] >> 8 & 0xF) + 1
+        count = 1 if ghost is None else (ghost[0] >> _USES_AT & 0xF) + 1
         parent = NONE if block.parent is None else self.table.find(block.parent)
         base = self._base if request.seq == self._seq else None
         if base is None:
             _, _, base = self._situation(parent, request.input_tokens, max(request.now, self._now))
-        deep = _DEPTH_SCALE / (_DEPTH_SCALE + block.depth)
+        deep = DEPTH_SCALE / (DEPTH_SCALE + block.depth)
         scale = self.table.steps.first(block.sizes, block.losses).loss * deep
         if count == 1 and block.partial:
             return self.model.values[_PARTIAL][0] * scale
@@ -144,7 +151,7 @@ class ValuePolicy(EvictionPolicy):
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
         slots = self.table.resident_slots()
         age_s = np.maximum(max(now, self._now) - np.array(self._used_at)[slots], 0.0)
-        cls = np.frombuffer(bytes(self._class), dtype=np.uint8)[slots]
+        cls = np.array(self._state)[slots] & 0xFF
         values = np.array(self.model.values)[cls, np.searchsorted(EDGES_S, age_s, side="right") - 1]
         return self.table.census(values, slots)
 
@@ -158,21 +165,21 @@ class ValuePolicy(EvictionPolicy):
         slot = self._find(id)
         if slot < 0:
             return
-        self._candidates.remove(self._key(slot), slot)
-        uses, turn, fan = min(self._uses[slot], 15), min(self._turn[slot], 15), min(self._fan[slot], 15)
-        state = self._class[slot] | uses << 8 | turn << 12 | fan << 16 | self._pace[slot] << 20
-        forgotten = self._ghosts.remember(id, state, self._used_at[slot], len(self.table))
+        forgotten = self._ghosts.remember(id, self._state[slot], self._used_at[slot], self.table.count)
         if forgotten is not None:
-            self.model.forgot(forgotten[0] & 0xFF, max(self._now - forgotten[1], 0.0))
-            self._rival.left(forgotten[1], 1)
+            self._forget(forgotten[0] & 0xFF, forgotten[1])
         parent = self.table.remove(slot)
-        if parent >= 0:
-            self._offer(parent)
+        if parent >= 0 and self._is_alike(slot, parent):
+            self._candidates.replace(slot, parent)
+        else:
+            self._candidates.remove(slot)
+            if parent >= 0:
+                self._offer(parent)
 
     def demoted(self, id: BlockId, rung: int) -> None:
         slot = self._find(id)
         if slot >= 0:
-            self._candidates.remove(self._key(slot), slot)
+            self._candidates.remove(slot)
             self.table.rung[slot] = rung
             self._offer(slot)
 
@@ -183,7 +190,7 @@ class ValuePolicy(EvictionPolicy):
         self.table.hold(id)
         slot = self.table.find(id)
         if slot >= 0:
-            self._candidates.remove(self._key(slot), slot)
+            self._candidates.remove(slot)
 
     def release(self, id: BlockId) -> None:
         if self.table.release(id):
@@ -196,117 +203,165 @@ class ValuePolicy(EvictionPolicy):
         slot, table = self._victim, self.table
         return slot if slot >= 0 and table.ids[slot] == id and table.resident[slot] else table.find(id)
 
+    def _is_alike(self, slot: int, parent: int) -> bool:
+        """Whether a leaf, which is not held, is to stand among the candidates just where its last child in `slot` did."""
+        table, states, used_at, listed = self.table, self._state, self._used_at, self._candidates.listed
+        return (
+            listed[parent] is None
+            and listed[slot] is not None
+            and used_at[parent] == used_at[slot]
+            and not (states[parent] ^ states[slot]) & 0xFF
+            and table.shape[parent] == table.shape[slot]
+            and table.rung[parent] == table.rung[slot]
+            and not table.is_held(parent)
+        )
+
     def _enter(self, blocks: Sequence[BlockInfo], now: float, begins: bool) -> tuple[list[int], int]:
         """Make all blocks resident and count uses; whether a request `begins` with them.
 
         Answers their slots, and how many from the root on were known before.
         """
-        table, used_at, classes, candidates = self.table, self._used_at, self._class, self._candidates
-        slots, known = [0] * len(blocks), 0
+        self._reserve(len(blocks))
+        table, used_at, states, candidates = self.table, self._used_at, self._state, self._candidates
+        ids, parents, resident, listed = table.ids, table.parent, table.resident, candidates.listed
+        slots, known, slot = [0] * len(blocks), 0, NONE
         rival, hits, rival_hits = self._rival, 0, 0
         cutoff, edge, spare = rival.cutoff, rival.edge, rival.spare
-        last, run = (0, now), 0  # class and time of a run of blocks, which is counted at once
+        last, last_class, run = now, 0, 0  # time and class of a run of blocks, which is counted at once
         for index in range(len(blocks) - 1, -1, -1):  # children first, so that what has one is no candidate
             block = blocks[index]
-            slot = table.find(block.id)
-            fresh = slot < 0
-            if fresh:
-                slot = table.add(block)
-                if table.slots > len(classes):
-                    self._reserve()
-                self._retract(table.parent[slot])
+            slot = parents[slot] if slot >= 0 else NONE  # of the block after this one: most often it is this one
+            if slot < 0 or ids[slot] != block.id:
+                slot = table.locate(block.id)
+            if slot >= 0 and resident[slot]:
+                hits = hits or index + 1
+                if listed[slot] is not None:
+                    candidates.remove(slot)
+            else:
+                hits, slot = 0, self._insert(block, slot)
                 ghost = self._ghosts.take(block.id)
                 if ghost is None:
-                    self._uses[slot] = self._turn[slot] = self._fan[slot] = self._pace[slot] = 0
+                    states[slot] = known = rival_hits = 0
                     slots[index] = slot
-                    known = hits = rival_hits = 0
                     continue
-                kept, used_at[slot] = ghost
-                classes[slot], self._uses[slot] = kept & 0xFF, kept >> 8 & 0xF
-                self._turn[slot], self._fan[slot], self._pace[slot] = kept >> 12 & 0xF, kept >> 16 & 0xF, kept >> 20
-                hits = 0
-            else:
-                hits = hits or index + 1
-                if slot in candidates:
-                    candidates.remove(self._key(slot), slot)
-            before = used_at[slot]
+                states[slot], used_at[slot] = ghost
+            before, cls = used_at[slot], states[slot] & 0xFF
             held = before >= cutoff or (before >= edge and index < spare)
             rival_hits = (rival_hits or index + 1) if held else 0
-            if (state := (classes[slot], before)) != last:
-                self._count(last, run, now)
-                last, run = state, 0
+            if before != last or cls != last_class:
+                self._count(last_class, last, run, now)
+                last, last_class, run = before, cls, 0
             run += 1
             slots[index] = slot
             known = known or index + 1
-        self._count(last, run, now)
+        self._count(last_class, last, run, now)
         if rival.judge(len(blocks), hits, rival_hits, begins):
             candidates.stale()
         return slots, known
 
-    def _count(self, state: tuple[int, float], blocks: int, now: float) -> None:
+    def _insert(self, block: BlockInfo, slot: int) -> int:
+        """Make a block resident, from its `BlockTable.locate`; its slot. Its parent may no longer be dropped."""
+        table, listed = self.table, self._candidates.listed
+        slot = table.add(block, slot)
+        parent = table.parent[slot]
+        if parent >= 0 and listed[parent] is not None and table.step(parent).rung is None:
+            self._candidates.remove(parent)
+        return slot
+
+    def _reserve(self, blocks: int) -> None:
+        """Make room for the slots of `blocks` new blocks and place holders for their parents."""
+        slots = self.table.slots + 2 * blocks
+        missing = slots - len(self._state)
+        if missing > 0:
+            self._used_at.extend([0.0] * missing)
+            self._state.extend([0] * missing)
+            self._candidates.reserve(slots)
+
+    def _count(self, cls: int, before: float, blocks: int, now: float) -> None:
         """So many blocks of one class that were last used at one time are used now."""
         if blocks:
-            cls, before = state
-            self.model.used(cls, max(now - before, 0.0), blocks)
+            self.model.used(cls, now - before if before < now else 0.0, blocks)
             self._rival.left(before, blocks)
 
-    def _reserve(self) -> None:
-        missing = self.table.slots - len(self._class)
-        self._used_at.extend([0.0] * missing)
-        for column in (self._class, self._uses, self._turn, self._fan, self._pace):
-            column.extend(bytes(missing))
-        self._candidates.reserve(self.table.slots)
+    def _forget(self, cls: int, time: float) -> None:
+        """Note that a ghost was forgotten. Those of blocks that left in a row are forgotten in a row, and are counted at once."""
+        last_cls, last, run = self._forgotten
+        if time != last or cls != last_cls:
+            self._count_forgotten()
+            run = 0
+        self._forgotten = cls, time, run + 1
+
+    def _count_forgotten(self) -> None:
+        """Count the run of ghosts that was forgotten last; done before time goes on, and before the model learns."""
+        cls, time, blocks = self._forgotten
+        if blocks:
+            self.model.forgot(cls, self._now - time if time < self._now else 0.0, blocks)
+            self._rival.left(time, blocks)
+            self._forgotten = cls, time, 0
 
     def _situation(self, before: int, input_tokens: int, now: float) -> tuple[int, int, int]:
         """Turn, pace and class of a request, from the slot of the last block before its new ones, -1 for none."""
         length = bisect_right(_LENGTHS_TOKENS, input_tokens)
-        if before < 0 or not self.table.resident[before] or self._fan[before] >= _SHARED_CHILDREN:
+        if before < 0 or not self.table.resident[before]:
             return 1, 0, length
-        turn = min(self._turn[before] + 1, 255)
-        newest, pace = _pace_of(now - self._used_at[before]), self._pace[before]
+        state = self._state[before]
+        if state >> _FAN_AT & 0xF >= _SHARED_CHILDREN:
+            return 1, 0, length
+        turn = min((state >> _TURN_AT & 0xF) + 1, 15)
+        newest, pace = _pace_of(now - self._used_at[before]), state >> _PACE_AT
         pace = round(pace + _NEWEST * (newest - pace)) if pace else newest
         situation = 1 + bisect_right(_TURNS, turn) * (len(_PAUSES_S) + 1) + bisect_right(_PACES, pace)
         return turn, pace, situation * (len(_LENGTHS_TOKENS) + 1) + length
 
-    def _mark_new(self, slots: list[int], known: int) -> None:
-        for slot in slots[known:]:
-            self._turn[slot], self._pace[slot] = self._turn_now, self._pace_now
-            parent = self.table.parent[slot]
-            if parent >= 0 and self._fan[parent] < 255:
-                self._fan[parent] += 1
+    def _classify(self, blocks: Sequence[BlockInfo], slots: list[int], known: int, now: float) -> None:
+        """Count the use of the request's blocks, set their classes, and list those whose next step may be taken.
 
-    def _classify(self, blocks: Sequence[BlockInfo], slots: list[int], base: int, now: float) -> None:
-        uses, classes, used_at = self._uses, self._class, self._used_at
+        Of those after the first `known`, turn and pace are the request's, and their parents have one child more.
+        """
+        table, states, used_at, base, candidates = self.table, self._state, self._used_at, self._base, self._candidates
+        parents, children, shapes, rungs = table.parent, table.children, table.shape, table.rung
+        steps, holds = table.steps.rows, table.holds
+        said = self._turn_now << _TURN_AT | self._pace_now << _PACE_AT
+        last_key, run = NONE, []
         for index in range(len(slots) - 1, -1, -1):
             slot = slots[index]
-            count = uses[slot] + 1
-            uses[slot] = count = count if count < 255 else 255
-            classes[slot] = _PARTIAL if count == 1 and blocks[index].partial else base + _OF_USES[count]
+            state = states[slot]
+            uses = state >> _USES_AT & 0xF
+            counted = _USED_AGAIN[uses] + base if uses or not blocks[index].partial else _PARTIAL_ONCE
+            if index >= known:
+                parent = parents[slot]
+                if parent >= 0 and states[parent] & _FAN != _FAN:
+                    states[parent] += 1 << _FAN_AT
+                states[slot] = state & _FAN | said | counted
+            else:
+                states[slot] = state & _KEPT | counted
             used_at[slot] = now
-            self._offer(slot)
+            shape, rung = shapes[slot], rungs[slot]
+            if (children[slot] and steps[shape][rung].rung is None) or (holds and table.ids[slot] in holds):
+                continue
+            key = ((counted & 0xFF) << 8 | shape) << _RUNG_BITS | rung
+            if key != last_key and run:
+                candidates.add(last_key, run)
+                run = []
+            last_key = key
+            run.append(slot)
+        if run:
+            candidates.add(last_key, run)
 
     def _offer(self, slot: int) -> None:
         """List the block as a candidate if its next step may be taken."""
-        table, shape, rung = self.table, self.table.shape[slot], self.table.rung[slot]
-        if slot in self._candidates or table.is_held(slot):
+        table = self.table
+        if self._candidates.listed[slot] is not None or (table.holds and table.ids[slot] in table.holds):
             return
+        shape, rung = table.shape[slot], table.rung[slot]
         if not table.children[slot] or table.steps.rows[shape][rung].rung is not None:
-            self._candidates.add((self._class[slot] << 8 | shape) * _RUNGS + rung, slot)
+            self._candidates.add(((self._state[slot] & 0xFF) << 8 | shape) << _RUNG_BITS | rung, (slot,))
 
-    def _retract(self, parent: int) -> None:
-        """The block in slot `parent` (or -1) got a child: it may no longer be dropped."""
-        if parent >= 0 and self.table.resident[parent] and self.table.step(parent).rung is None:
-            self._candidates.remove(self._key(parent), parent)
-
-    def _key(self, slot: int) -> int:
-        return (self._class[slot] << 8 | self.table.shape[slot]) * _RUNGS + self.table.rung[slot]
-
-    def _price(self, slot: int, now: float) -> float:
-        table, age_s = self.table, max(now - self._used_at[slot], 0.0)
-        if self._rival.leads:
-            return table.steps.rows[table.shape[slot]][table.rung[slot]].loss / (age_s + 1.0)
-        index = self.model.values[self._class[slot]][bisect_right(EDGES_S, age_s) - 1]
-        return index * table.steps.rows[table.shape[slot]][table.rung[slot]].loss * _DEPTH_SCALE / (_DEPTH_SCALE + table.depth[slot])
+    def _curve(self, key: int) -> tuple[Sequence[float], Step]:
+        """What `Candidates` asks for: values by age bucket of the blocks with this key, empty while recency leads, and their next step."""
+        rung, shape = key & (1 << _RUNG_BITS) - 1, key >> _RUNG_BITS & 0xFF
+        values = () if self._rival.leads else self.model.values[key >> _RUNG_BITS + 8]
+        return values, self.table.steps.rows[shape][rung]
 
     def _is_round_due(self) -> bool:
         requests = min(self.config.learn_requests, max(_FIRST_ROUND, self._all_requests // 4))
@@ -322,7 +377,7 @@ class ValuePolicy(EvictionPolicy):
         shape = (len(_GROUPS), len(EDGES_S))
         waiting = np.zeros(shape[0] * shape[1])
         slots = self.table.resident_slots()
-        classes = np.frombuffer(bytes(self._class), dtype=np.uint8)[slots]
+        classes = np.array(self._state)[slots] & 0xFF
         state, time = self._ghosts.arrays()
         parts = ((classes, np.array(self._used_at)[slots], len(self.table)), (state & 0xFF, time, self._ghosts.count))
         for cls, used_at, count in parts:
