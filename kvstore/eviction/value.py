@@ -1,9 +1,9 @@
 """The default: evict or demote what loses the least expected value, learnt online from the traffic itself.
 
 Value of a step = Gittins index of the block's reuse class at its age (`reuse`) x loss per byte of its next step (`ladder`). The class is
-what can be seen of a block: how often it was used, the turn of the conversation that used it last, the pauses before the last turns, the
-length of the prompt. A partial tail is a class of its own: the next turn rewrites it. Blocks that left are remembered for a while
-(`ghosts`), so that the learning also sees what came back too late.
+what can be seen of a block: how often it was used, and of the request that used it last the pace of its conversation, the length of the
+prompt, and how much of that was new. A partial tail is a class of its own: the next turn rewrites it. Blocks that left are remembered for
+a while (`ghosts`), so that the learning also sees what came back too late.
 """
 
 from __future__ import annotations
@@ -19,49 +19,35 @@ import numpy as np
 
 from .base import BlockId, BlockInfo, EvictionPolicy, Request, Victim
 from .candidates import DEPTH_SCALE, Candidates
+from .classes import (
+    COUNTED_ALIKE,
+    FAN,
+    FAN_AT,
+    KEPT,
+    NEW_AT,
+    NEW_TOKENS,
+    OF_USES,
+    PACE_AT,
+    PARTIAL,
+    PARTIAL_ONCE,
+    SIZE_AT,
+    TRAITS,
+    USED_AGAIN,
+    USES_AT,
+    WEIGHTS,
+    situation,
+    size_of,
+)
 from .ghosts import Ghosts
 from .ladder import Step
 from .reuse import EDGES_S, ReuseModel
 from .rival import Rival
 from .table import NONE, BlockTable
 
-#: Bounds between classes. Seconds that a conversation pauses between turns: a program, one who watches it, one who reads, one who left.
-_PAUSES_S = (15.0, 30.0, 60.0)
-#: Weight of the newest pause in a conversation's pace, the moving mean of their logarithms.
-_NEWEST = 0.3
-_LENGTHS_TOKENS = (2048, 8192)
-_TURNS, _USES = (3, 6), (2, 3, 5)
-#: Turns and pauses: the first turn has no pause.
-_SITUATIONS = 1 + (len(_TURNS) + 1) * (len(_PAUSES_S) + 1)
-_WIDTH = _SITUATIONS * (len(_LENGTHS_TOKENS) + 1)
-_PARTIAL = (len(_USES) + 1) * _WIDTH
-#: What is known of a block is one word, the state of its ghost too: its class in the low byte, then how often it was used, its turn, and
-#: its children so far, each in 4 bits and up to 15, then its pace.
-_USES_AT, _TURN_AT, _FAN_AT, _PACE_AT = 8, 12, 16, 20
-_FAN = 0xF << _FAN_AT
-_KEPT = ~((1 << _TURN_AT) - 1)  # all but class and uses
-#: Group of like classes, by class: how often used, and the partial tails.
-_GROUPS = [cls // _WIDTH for cls in range(_PARTIAL)] + [len(_USES) + 1]
-#: First class of a block's number of uses.
-_OF_USES = [_WIDTH * bisect_right(_USES, uses) for uses in range(17)]
-#: By the number of uses before: class and uses in the word of a block that is used again, less the class of one used once.
-_USED_AGAIN = [_OF_USES[uses] | uses << _USES_AT for uses in (*range(1, 16), 15)]
 #: The first rounds of learning come sooner: after so many requests, then each time there are a quarter more.
 _FIRST_ROUND = 10
-#: A block that ever had this many children is a shared root: what follows it is a new conversation.
-_SHARED_CHILDREN = 4
-#: Class and uses in the word of a partial tail that was used once.
-_PARTIAL_ONCE = _PARTIAL | 1 << _USES_AT
 #: A group of candidates is named by class, ladder and rung, the lowest bits of its key.
 _RUNG_BITS = 8
-
-
-def _pace_of(pause_s: float) -> int:
-    """A pause on a logarithmic scale of one byte, 8 steps for each doubling; 0 stands for none."""
-    return min(max(round(8 * math.log2(max(pause_s, 0.5))) + 9, 1), 255)
-
-
-_PACES = tuple(map(_pace_of, _PAUSES_S))
 
 
 class ValuePolicy(EvictionPolicy):
@@ -89,8 +75,8 @@ class ValuePolicy(EvictionPolicy):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
         self.table = BlockTable()
-        self.model = ReuseModel(_GROUPS, memory=self.config.memory)
-        self.model.values[_PARTIAL] = array("f", [value * 1e-3 for value in self.model.values[_PARTIAL]])
+        self.model = ReuseModel(TRAITS, memory=self.config.memory)
+        self.model.values[PARTIAL] = array("f", [value * 1e-3 for value in self.model.values[PARTIAL]])
         self._used_at = array("d")
         self._state = array("I")
         self._ghosts = Ghosts(self.config.ghosts_per_block)
@@ -99,9 +85,10 @@ class ValuePolicy(EvictionPolicy):
         self._requests = self._touched = self._all_requests = 0
         self._seq: int | None = None
         self._base: int | None = None  # class of the request under way for blocks used once
-        self._turn_now, self._pace_now = 1, 0
+        self._pace_now = self._new_now = 0
+        self._guessed = False  # whether the new length of that request is its conversation's last
         self._now = 0.0
-        self._forgotten = (0, 0.0, 0)  # class, time of the last use, and number of a run of ghosts that are not yet counted
+        self._forgotten = (0, 0.0, 0)  # class and size, time of the last use, and number of a run of ghosts that are not yet counted
         self._victim = NONE  # the slot last named
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
@@ -117,10 +104,15 @@ class ValuePolicy(EvictionPolicy):
         room = len(self.table)
         slots, known = self._enter(blocks, now, begins)
         self._rival.came(now, len(blocks), room)
-        # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: all is said already.
+        new_tokens = math.ceil(request.input_tokens * (len(blocks) - known) / (blocks[-1].depth + 1))
+        # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: only their length is news.
         if known or self._base is None:
             before = slots[known - 1] if known else self.table.parent[slots[0]]
-            self._turn_now, self._pace_now, self._base = self._situation(before, request.input_tokens, now)
+            self._pace_now, self._new_now, self._base = self._situation(before, request.input_tokens, new_tokens, now)
+            self._guessed = not new_tokens
+        elif self._guessed:
+            new = bisect_right(NEW_TOKENS, new_tokens)
+            self._base, self._new_now, self._guessed = self._base + new - self._new_now, new, False
         self._classify(blocks, slots, known, now)
         self._touched += len(blocks)
         if self._is_round_due():
@@ -136,17 +128,17 @@ class ValuePolicy(EvictionPolicy):
 
     def worth(self, request: Request, block: BlockInfo) -> float:
         ghost = self._ghosts.find(block.id)
-        count = 1 if ghost is None else (ghost[0] >> _USES_AT & 0xF) + 1
+        count = 1 if ghost is None else (ghost[0] >> USES_AT & 0xF) + 1
         parent = NONE if block.parent is None else self.table.find(block.parent)
         base = self._base if request.seq == self._seq else None
         if base is None:
-            _, _, base = self._situation(parent, request.input_tokens, max(request.now, self._now))
+            _, _, base = self._situation(parent, request.input_tokens, 0, max(request.now, self._now))
         deep = DEPTH_SCALE / (DEPTH_SCALE + block.depth)
         scale = self.table.steps.first(block.sizes, block.losses).loss * deep
         if count == 1 and block.partial:
-            return self.model.values[_PARTIAL][0] * scale
+            return self.model.values[PARTIAL][0] * scale
         # A block that came back carries the new ones behind it, and is worth as much as they are.
-        return max(self.model.values[base + _OF_USES[count]][0], self.model.values[base][0]) * scale
+        return max(self.model.values[base + OF_USES[count]][0], self.model.values[base][0]) * scale
 
     def census(self, now: float) -> tuple[np.ndarray, np.ndarray]:
         slots = self.table.resident_slots()
@@ -167,7 +159,7 @@ class ValuePolicy(EvictionPolicy):
             return
         forgotten = self._ghosts.remember(id, self._state[slot], self._used_at[slot], self.table.count)
         if forgotten is not None:
-            self._forget(forgotten[0] & 0xFF, forgotten[1])
+            self._forget(*forgotten)
         parent = self.table.remove(slot)
         if parent >= 0 and self._is_alike(slot, parent):
             self._candidates.replace(slot, parent)
@@ -227,7 +219,7 @@ class ValuePolicy(EvictionPolicy):
         slots, known, slot = [0] * len(blocks), 0, NONE
         rival, hits, rival_hits = self._rival, 0, 0
         cutoff, edge, spare = rival.cutoff, rival.edge, rival.spare
-        last, last_class, run = now, 0, 0  # time and class of a run of blocks, which is counted at once
+        last, last_state, run = now, 0, 0  # time, and class and size, of a run of blocks, which is counted at once
         for index in range(len(blocks) - 1, -1, -1):  # children first, so that what has one is no candidate
             block = blocks[index]
             slot = parents[slot] if slot >= 0 else NONE  # of the block after this one: most often it is this one
@@ -245,16 +237,16 @@ class ValuePolicy(EvictionPolicy):
                     slots[index] = slot
                     continue
                 states[slot], used_at[slot] = ghost
-            before, cls = used_at[slot], states[slot] & 0xFF
+            before, state = used_at[slot], states[slot]
             held = before >= cutoff or (before >= edge and index < spare)
             rival_hits = (rival_hits or index + 1) if held else 0
-            if before != last or cls != last_class:
-                self._count(last_class, last, run, now)
-                last, last_class, run = before, cls, 0
+            if before != last or (state ^ last_state) & 0xFF:
+                self._count(last_state, last, run, now)
+                last, last_state, run = before, state, 0
             run += 1
             slots[index] = slot
             known = known or index + 1
-        self._count(last_class, last, run, now)
+        self._count(last_state, last, run, now)
         if rival.judge(len(blocks), hits, rival_hits, begins):
             candidates.stale()
         return slots, known
@@ -277,64 +269,58 @@ class ValuePolicy(EvictionPolicy):
             self._state.extend([0] * missing)
             self._candidates.reserve(slots)
 
-    def _count(self, cls: int, before: float, blocks: int, now: float) -> None:
-        """So many blocks of one class that were last used at one time are used now."""
+    def _count(self, state: int, before: float, blocks: int, now: float) -> None:
+        """So many blocks of one class that were last used at one time, by a prompt of one size, are used now."""
         if blocks:
-            self.model.used(cls, now - before if before < now else 0.0, blocks)
+            self.model.used(state & 0xFF, now - before if before < now else 0.0, blocks * WEIGHTS[state >> SIZE_AT])
             self._rival.left(before, blocks)
 
-    def _forget(self, cls: int, time: float) -> None:
+    def _forget(self, state: int, time: float) -> None:
         """Note that a ghost was forgotten. Those of blocks that left in a row are forgotten in a row, and are counted at once."""
-        last_cls, last, run = self._forgotten
-        if time != last or cls != last_cls:
+        last_state, last, run = self._forgotten
+        if time != last or (state ^ last_state) & COUNTED_ALIKE:
             self._count_forgotten()
             run = 0
-        self._forgotten = cls, time, run + 1
+        self._forgotten = state, time, run + 1
 
     def _count_forgotten(self) -> None:
         """Count the run of ghosts that was forgotten last; done before time goes on, and before the model learns."""
-        cls, time, blocks = self._forgotten
+        state, time, blocks = self._forgotten
         if blocks:
-            self.model.forgot(cls, self._now - time if time < self._now else 0.0, blocks)
+            weight = blocks * WEIGHTS[state >> SIZE_AT]
+            self.model.forgot(state & 0xFF, self._now - time if time < self._now else 0.0, weight)
             self._rival.left(time, blocks)
-            self._forgotten = cls, time, 0
+            self._forgotten = state, time, 0
 
-    def _situation(self, before: int, input_tokens: int, now: float) -> tuple[int, int, int]:
-        """Turn, pace and class of a request, from the slot of the last block before its new ones, -1 for none."""
-        length = bisect_right(_LENGTHS_TOKENS, input_tokens)
+    def _situation(self, before: int, input_tokens: int, new_tokens: int, now: float) -> tuple[int, int, int]:
+        """As `situation`, from the slot of the last block before the request's new ones, -1 for none."""
         if before < 0 or not self.table.resident[before]:
-            return 1, 0, length
-        state = self._state[before]
-        if state >> _FAN_AT & 0xF >= _SHARED_CHILDREN:
-            return 1, 0, length
-        turn = min((state >> _TURN_AT & 0xF) + 1, 15)
-        newest, pace = _pace_of(now - self._used_at[before]), state >> _PACE_AT
-        pace = round(pace + _NEWEST * (newest - pace)) if pace else newest
-        situation = 1 + bisect_right(_TURNS, turn) * (len(_PAUSES_S) + 1) + bisect_right(_PACES, pace)
-        return turn, pace, situation * (len(_LENGTHS_TOKENS) + 1) + length
+            return situation(None, 0.0, input_tokens, new_tokens)
+        return situation(self._state[before], now - self._used_at[before], input_tokens, new_tokens)
 
     def _classify(self, blocks: Sequence[BlockInfo], slots: list[int], known: int, now: float) -> None:
         """Count the use of the request's blocks, set their classes, and list those whose next step may be taken.
 
-        Of those after the first `known`, turn and pace are the request's, and their parents have one child more.
+        Of those after the first `known`, pace and new length are the request's, and their parents have one child more.
         """
         table, states, used_at, base, candidates = self.table, self._state, self._used_at, self._base, self._candidates
         parents, children, shapes, rungs = table.parent, table.children, table.shape, table.rung
         steps, holds = table.steps.rows, table.holds
-        said = self._turn_now << _TURN_AT | self._pace_now << _PACE_AT
+        size = size_of(blocks[-1].depth + 1) << SIZE_AT
+        said = self._pace_now << PACE_AT | self._new_now << NEW_AT | size
         last_key, run = NONE, []
         for index in range(len(slots) - 1, -1, -1):
             slot = slots[index]
             state = states[slot]
-            uses = state >> _USES_AT & 0xF
-            counted = _USED_AGAIN[uses] + base if uses or not blocks[index].partial else _PARTIAL_ONCE
+            uses = state >> USES_AT & 0xF
+            counted = USED_AGAIN[uses] + base if uses or not blocks[index].partial else PARTIAL_ONCE
             if index >= known:
                 parent = parents[slot]
-                if parent >= 0 and states[parent] & _FAN != _FAN:
-                    states[parent] += 1 << _FAN_AT
-                states[slot] = state & _FAN | said | counted
+                if parent >= 0 and states[parent] & FAN != FAN:
+                    states[parent] += 1 << FAN_AT
+                states[slot] = state & FAN | said | counted
             else:
-                states[slot] = state & _KEPT | counted
+                states[slot] = state & KEPT | size | counted
             used_at[slot] = now
             shape, rung = shapes[slot], rungs[slot]
             if (children[slot] and steps[shape][rung].rung is None) or (holds and table.ids[slot] in holds):
@@ -374,14 +360,14 @@ class ValuePolicy(EvictionPolicy):
 
     def _waiting(self, now: float) -> np.ndarray:
         """Known blocks by class and age bucket, ghosts too; estimated from a sample where there are many."""
-        shape = (len(_GROUPS), len(EDGES_S))
+        shape = (len(TRAITS), len(EDGES_S))
         waiting = np.zeros(shape[0] * shape[1])
         slots = self.table.resident_slots()
-        classes = np.array(self._state)[slots] & 0xFF
-        state, time = self._ghosts.arrays()
-        parts = ((classes, np.array(self._used_at)[slots], len(self.table)), (state & 0xFF, time, self._ghosts.count))
-        for cls, used_at, count in parts:
+        resident = np.array(self._state)[slots], np.array(self._used_at)[slots], len(self.table)
+        parts = (resident, (*self._ghosts.arrays(), self._ghosts.count))
+        for state, used_at, count in parts:
             if count:
                 age = np.searchsorted(EDGES_S, np.maximum(now - used_at, 0.0), side="right") - 1
-                waiting += np.bincount(cls.astype(np.int64) * shape[1] + age, minlength=len(waiting)) * (count / len(cls))
+                weights = np.array(WEIGHTS)[state >> SIZE_AT] * (count / len(state))
+                waiting += np.bincount((state & 0xFF).astype(np.int64) * shape[1] + age, weights, minlength=len(waiting))
         return waiting.reshape(shape)

@@ -26,7 +26,7 @@ REPORT_S = 0.25
 REPORT_REQUESTS = 20
 #: Weight of the newest sample in the mean number of readers.
 _READERS_WEIGHT = 0.25
-#: Seconds between two exchanges of lessons, about 27 KB a node; they are cumulative, so an old one is a little short, never wrong.
+#: Seconds between two exchanges of lessons, about 41 KB a node; they are cumulative, so an old one is a little short, never wrong.
 LESSONS_S = 10.0
 LESSONS_TTL_S = 6 * LESSONS_S
 

@@ -51,7 +51,7 @@ def test_a_report_scales_a_sample_to_the_bytes_in_use() -> None:
 
 
 def test_nodes_learn_from_each_other_and_refuse_nonsense() -> None:
-    teacher, pupil = ReuseModel([0, 0, 1]), ReuseModel([0, 0, 1])
+    teacher, pupil = ReuseModel([(0,), (1,), ()]), ReuseModel([(0,), (1,), ()])
     waiting = np.zeros((3, len(EDGES_S)))
     for _ in range(500):
         teacher.used(1, 10.0)

@@ -13,11 +13,12 @@ from kvstore.eviction.trace import Trace
 from tests import traffic
 
 REQUESTS = 500
+SEEDS = (7, 8, 9)
 
 
 @cache
-def made(kind: str) -> Trace:
-    return traffic.trace(kind, 7, REQUESTS)
+def made(kind: str, seed: int = SEEDS[0]) -> Trace:
+    return traffic.trace(kind, seed, REQUESTS)
 
 
 def test_the_newest_blocks_are_those_that_recency_holds() -> None:
@@ -79,8 +80,10 @@ def test_a_request_in_parts_counts_as_one() -> None:
 
 @pytest.mark.parametrize("kind", traffic.KINDS)
 def test_value_is_hardly_ever_below_recency(kind: str) -> None:
-    trace = made(kind)
     for share in (0.05, 0.2):
-        capacity = capacity_of(trace, share)
-        learnt, recency = (replay(trace, create(name), capacity).token_hit_rate for name in ("value", "lru"))
-        assert learnt > recency - 0.01, "the cost of the first chances, in so short a trace"
+        ahead = []
+        for seed in SEEDS:
+            trace = made(kind, seed)
+            learnt, recency = (replay(trace, create(name), capacity_of(trace, share)).token_hit_rate for name in ("value", "lru"))
+            ahead.append(learnt - recency)
+        assert sum(ahead) / len(ahead) > -0.01, "the cost of the first chances, in so short traces"
