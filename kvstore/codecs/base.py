@@ -299,10 +299,7 @@ class Codec(ABC):
             out = (k[0], v[0]) if single else out
         else:
             k, v = (self._checked_out(x, shape, single) for x in out)
-        if on_layers is None:
-            self._decode(stored, ids, k, v)
-        else:
-            self._decode_by_layers(stored, ids, k, v, on_layers)
+        self._decode_by_layers(stored, ids, k, v, on_layers or (lambda layers: None))
         return out
 
     def _stored(self, block: EncodedBlock, fidelity: int | None) -> Stored:
