@@ -11,7 +11,7 @@ from tests.engine_support import make_model
 
 async def test_engine_and_plain_model_take_turns(tmp_path):
     result = Result("serving", {"vllm": "absent"})
-    await serving._in_process(result, make_model("llama", tmp_path), (1, 2), new=4, rounds=2, long=128)
+    await serving._in_process(result, make_model("llama", tmp_path), (1, 2), new=4, rounds=2, long=128, calls=2)
     assert {(row["who"], row["requests"]) for row in result.rows} == {("engine", 1), ("engine", 2), ("plain", 1), ("plain", 2)}
     assert all(len(values) == 2 for values in result.samples.values())
     assert all(math.isfinite(value) and value > 0 for value in result.ratios.values())
