@@ -111,29 +111,12 @@ class Candidates:
             group = self._by_key[key] = _Group(key, len(self._groups))
             self._groups.append(group)
         self._dirty.add(group)
-        before, after, listed = self._before, self._after, self.listed
         if group.old in slots or group.young in slots:
             group.round = 0  # it comes back, perhaps with another price
         time = self._last_used[slots[0]]
-        cell = group.cells[-1] if time == group.newest and group.cells else self._cell(group, time)
-        end = cell.tail
-        if end < 0 or self._last_used[end] <= time:
-            for slot in slots:
-                listed[slot] = group
-                before[slot], after[slot] = end, _NONE
-                if end < 0:
-                    cell.head = slot
-                else:
-                    after[end] = slot
-                end = slot
-            cell.tail = end
-            return
-        end = cell.head
+        self._link(group.cells[-1] if time == group.newest and group.cells else self._cell(group, time), slots, time)
         for slot in slots:
-            listed[slot] = group
-            before[slot], after[slot] = _NONE, end
-            before[end] = end = slot
-        cell.head = end
+            self.listed[slot] = group
 
     def remove(self, slot: int) -> None:
         """Take `slot` out of its group if it is listed."""
@@ -161,7 +144,7 @@ class Candidates:
                 cell = group.cells[at - 1]
             else:
                 group.starts[0] = time
-        self._link(cell, other, time)
+        self._link(cell, (other,), time)
 
     def _unlink(self, group: _Group, slot: int) -> int:
         """Take `slot` out of its cell, which may be left empty; which of the group's cells that is."""
@@ -183,19 +166,24 @@ class Candidates:
             cell.tail = before
         return at
 
-    def _link(self, cell: _Cell, slot: int, time: float) -> None:
-        """Put `slot`, last used at `time`, at the end of a cell, or in front where the last one there is younger."""
-        last, first = cell.tail, cell.head
-        if last < 0 or self._last_used[last] <= time:
-            self._before[slot], self._after[slot] = last, _NONE
-            cell.tail = slot
-            if last < 0:
-                cell.head = slot
-            else:
-                self._after[last] = slot
-        else:
-            self._before[slot], self._after[slot] = _NONE, first
-            self._before[first] = cell.head = slot
+    def _link(self, cell: _Cell, slots: Sequence[int], time: float) -> None:
+        """Put `slots`, last used at `time`, one by one at the end of a cell, or in front where the last one there is younger."""
+        before, after, end = self._before, self._after, cell.tail
+        if end < 0 or self._last_used[end] <= time:
+            for slot in slots:
+                before[slot], after[slot] = end, _NONE
+                if end < 0:
+                    cell.head = slot
+                else:
+                    after[end] = slot
+                end = slot
+            cell.tail = end
+            return
+        end = cell.head
+        for slot in slots:
+            before[slot], after[slot] = _NONE, end
+            before[end] = end = slot
+        cell.head = end
 
     def stale(self) -> None:
         """The curves changed: all groups are priced afresh at the next `cheapest`."""

@@ -337,7 +337,7 @@ class ValuePolicy(EvictionPolicy):
     def _offer(self, slot: int) -> None:
         """List the block as a candidate if its next step may be taken."""
         table = self.table
-        if self._candidates.listed[slot] is not None or (table.holds and table.ids[slot] in table.holds):
+        if self._candidates.listed[slot] is not None or table.is_held(slot):
             return
         shape, rung = table.shape[slot], table.rung[slot]
         if not table.children[slot] or table.steps.rows[shape][rung].rung is not None:
