@@ -46,6 +46,10 @@ class RopeSpec:
         """The rotation of one layer: here, the same for all."""
         return self
 
+    def for_layers(self, first: int, last: int) -> RopeSpec:
+        """That of a range of layers."""
+        return self
+
     def tables(self, positions: torch.Tensor, *, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, scaled, by which each pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin): float32 [*positions, pairs]."""
         inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=positions.device)
@@ -108,11 +112,18 @@ class LayeredRope:
     def for_layer(self, layer: int) -> RopeSpec:
         return self.specs[layer]
 
+    def for_layers(self, first: int, last: int) -> LayeredRope:
+        return LayeredRope(self.specs[first:last])
+
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
         if keys.shape[-4] != len(self.specs):
             raise InvalidInputError(f"keys of all {len(self.specs)} layers are needed, not {keys.shape[-4]}; use for_layer")
-        layers = [spec.rotate(keys.select(-4, i), positions, inverse=inverse) for i, spec in enumerate(self.specs)]
-        return torch.stack(layers, dim=-4)
+        if positions.ndim >= 3:  # they have a layer axis too
+            places = positions.expand(*positions.shape[:-3], len(self.specs), *positions.shape[-2:]).unbind(-3)
+        else:
+            places = [positions] * len(self.specs)
+        each = zip(self.specs, keys.unbind(-4), places, strict=True)
+        return torch.stack([spec.rotate(k, at, inverse=inverse) for spec, k, at in each], dim=-4)
 
 
 def rope_from_config(config: Any, head_dim: int, layers: int) -> RopeSpec | LayeredRope:

@@ -148,7 +148,7 @@ def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window
     packed = query[0, :, rows].reshape(1, heads, groups * tile.count, dim)
     mask = masks.get(tile, groups, query.dtype, window)
     out = functional.scaled_dot_product_attention(packed, k[None], v[None], attn_mask=mask, scale=scaling)
-    out_NQD[rows] = out.view(heads * groups, tile.count, -1).transpose(0, 1)
+    out_NQD[rows] = out.reshape(heads * groups, tile.count, -1).transpose(0, 1)
     if tile.press is not None:
         tile.press.see(layer, packed.view(heads, groups, tile.count, dim), tile.kv, tile.start + tile.count, scaling, window)
 

@@ -46,7 +46,7 @@ def on_device(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["gqa fp16", "mqa fp32", "partial rope", "yarn, interleaved", "no rope, odd head"])
+@pytest.mark.parametrize("name", ["gqa fp16", "mqa fp32", "partial rope", "yarn, interleaved", "no rope, odd head", "a rope a layer"])
 def test_both_paths_make_and_read_the_same_blocks(name, on_device, monkeypatch):
     layout = LAYOUTS[name]
     profile = tiny_profile(layout)

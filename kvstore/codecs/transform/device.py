@@ -43,7 +43,8 @@ def transform(
     """Coefficients of K and V [B, L, H, T, D], computed on their device and copied to the host."""
     positions, rows, out = positions.to(k.device), projection.rows(tokens_BT), Transformed([], [])
     for i, group in enumerate(projection.groups):
-        x = gather(unrotate(layout, k[:, group.first : group.last], positions), v[:, group.first : group.last])
+        mine, rope = slice(group.first, group.last), layout.rope.for_layers(group.first, group.last)
+        x = gather(unrotate(rope, k[:, mine], positions), v[:, mine])
         x -= projection.base(i, rows, len(x))
         out.coefficients.append((projection.encoders[i].T @ x.T).cpu().numpy())
         halves = zip(x.split(group.width // 2, 1), projection.directions[i], strict=True)
@@ -79,8 +80,9 @@ def restore(
             c_RN[: cell.count, begin : begin + part.tokens] = cell.values()
         x = projection.add_common(i, c_RN, projection.base(i, rows, blocks * length))
         keys, values = split(x, group, layout, blocks)
-        k[:, group.first : group.last] = unrotate(layout, keys, positions, inverse=False)
-        v[:, group.first : group.last] = values
+        mine, rope = slice(group.first, group.last), layout.rope.for_layers(group.first, group.last)
+        k[:, mine] = unrotate(rope, keys, positions, inverse=False)
+        v[:, mine] = values
         yield group
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kvstore.errors import InvalidInputError, LayoutMismatchError
 from kvstore.layout import KVLayout
+from kvstore.rope import LayeredRope, RopeSpec
 
 from ..base import KVSample, is_finite
 from .classes import log_sizes
@@ -20,16 +21,16 @@ from .groups import Group, gather
 FIRST_TOKEN = 4
 
 
-def unrotate(layout: KVLayout, k_BLHTD: torch.Tensor, positions_BT: torch.Tensor, *, inverse: bool = True) -> torch.Tensor:
-    """Keys as they were before RoPE (or, with ``inverse=False``, after it), float32."""
-    return layout.rope.rotate(k_BLHTD.float(), positions_BT[:, None, None, :], inverse=inverse)
+def unrotate(rope: RopeSpec | LayeredRope, k_BLHTD: torch.Tensor, positions_BT: torch.Tensor, *, inverse: bool = True) -> torch.Tensor:
+    """Keys of the layers of `rope` as they were before it (or, with ``inverse=False``, after it), float32."""
+    return rope.rotate(k_BLHTD.float(), positions_BT[:, None, None, :], inverse=inverse)
 
 
 def rows_of(layout: KVLayout, sample: KVSample, groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of a sample's ordinary tokens, float32 [N, all columns], keys unrotated, and their token ids [N]."""
     check(layout, sample)
     positions = sample.start + torch.arange(sample.keys.shape[2])
-    keys = unrotate(layout, sample.keys[None], positions[None])
+    keys = unrotate(layout.rope, sample.keys[None], positions[None])
     x = torch.cat([gather(keys[:, g.first : g.last], sample.values[None, g.first : g.last]) for g in groups], 1)
     ordinary = positions >= FIRST_TOKEN
     return x[ordinary], torch.as_tensor(sample.tokens).cpu()[ordinary]
@@ -93,7 +94,7 @@ class Moments:
         # Gradients may cover the first tokens only: those after are the continuation whose likelihood was differentiated.
         positions = sample.start + torch.arange(sample.key_grads.shape[2])
         # The keys are s·R·k: the gradient with respect to k is s·Rᵀ·g, s² times what undoing the rotation gives.
-        keys = unrotate(self.layout, sample.key_grads[None], positions[None])[0]
+        keys = unrotate(self.layout.rope, sample.key_grads[None], positions[None])[0]
         for layer, k_HTD in enumerate(keys):
             spec = self.layout.rope.for_layer(layer)
             k_HTD[..., : spec.rotary_dim] *= spec.scale**2

@@ -1,0 +1,74 @@
+"""A node whose arena is a GPU's memory: the same bytes by every way, while blocks come, lose layers, move to the spill and go."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from kvstore.client import ClientConfig, KvClient
+from kvstore.metadata import InprocMetadata
+from kvstore.node.config import NodeConfig
+from kvstore.node.node import StoreNode
+from tests.client_support import chain
+from tests.integration.test_door import fetch, same, stored
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
+MIB = 1 << 20
+
+
+@asynccontextmanager
+async def store(paths="local,tcp", arena=64 * MIB, **config):
+    """A node on the GPU and a client that share metadata in process."""
+    metadata = InprocMetadata()
+    node = StoreNode(NodeConfig(arena=arena, device="cuda", heartbeat_s=0.05, **config), metadata)
+    await node.start()
+    client = KvClient(ClientConfig(paths=paths, refresh_s=0.05), metadata=metadata)
+    try:
+        await client.start()
+        yield node, client
+    finally:
+        await client.close()
+        await node.stop()
+
+
+@pytest.mark.parametrize("paths", ["", "tcp", "local", "local,tcp"])
+@pytest.mark.parametrize(("count", "size"), [(100, 700), (12, 2 * MIB), (3, 9 * MIB)], ids=["small", "large", "larger"])
+async def test_every_way_brings_the_same_bytes(paths, count, size):
+    blocks = chain(count, size)
+    async with store(paths) as (node, client):
+        fetched = await fetch(client, await stored(client, blocks))
+        assert same(fetched, blocks)
+        assert node.engine.used_bytes == node.engine.table.pages * node.config.page_bytes > 0
+        node.engine.check()
+
+
+async def test_pressure_takes_layers_and_blocks_and_never_serves_wrong_bytes():
+    async with store(arena=8 * MIB, policy="lru") as (node, client):
+        chains = [chain(20, 100_000, 0.1, number=1000 * n) for n in range(5)]
+        for blocks in chains:
+            client.publish(blocks)
+            assert await client.flush()
+        await asyncio.sleep(0.2)
+        found = 0
+        for blocks in chains:
+            hits = await client.lookup([block.header.key for block in blocks])
+            for got, want in zip((await fetch(client, hits)).blocks, blocks, strict=False):
+                present = got.header.present
+                assert [bytes(p) for p in got.payload] == [bytes(p) for p in want.payload[:present]]
+                found += 1
+        assert found > 0
+        node.engine.check()
+
+
+async def test_what_leaves_the_gpu_is_found_in_host_memory():
+    async with store(arena=4 * MIB, spill_host_bytes=64 * MIB) as (node, client):
+        blocks = chain(40, 150_000)
+        client.publish(blocks)
+        assert await client.flush()
+        await asyncio.sleep(0.5)
+        hits = await client.lookup([block.header.key for block in blocks])
+        assert len(hits) == len(blocks)
+        assert same(await fetch(client, hits), blocks)
