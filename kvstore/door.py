@@ -7,7 +7,8 @@ wrong here, the client goes back to gRPC.
 Every message is ``body bytes u32 | kind u8 | body``, little-endian::
 
     client                          node
-    HELLO  token                    WELCOME  arena bytes u64, 0 if its memory is not shared; else with its descriptor
+    HELLO  token                    WELCOME  bytes u64 of the memory that is shared, 0 for none; else with its descriptor: the arena and
+                                    its marks, or the marks alone, with the name of the GPU's memory that the arena is
     PLAN   tokens u32 | keys        PLANNED  number u32 | for each key: status u8 | header u16 | runs u32 | mark u64 | state u64
                                     | header | RUNs
     DONE   number u32               none
@@ -39,6 +40,8 @@ PLANNED = struct.Struct("<BHIQQ")
 RUN = struct.Struct("<QQ")
 OFFER = struct.Struct("<IQQH")
 KEY_BYTES = 32
+#: Room for the name of a GPU's memory.
+MAX_REMOTE_BYTES = 256
 #: The longest request: 65,536 keys.
 MAX_REQUEST_BYTES = NUMBER.size + 65_536 * KEY_BYTES
 #: The longest answer that a client reads.

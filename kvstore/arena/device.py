@@ -2,7 +2,7 @@
 
 On the CPU it is shared memory without a name (``memfd``): private to the user, gone with the process even after SIGKILL, and open
 to a reader of the same user on the same host through ``/proc/<pid>/fd/<fd>``. Torch is imported only where a tensor is asked for, so
-that a CPU node starts in a fraction of a second. On CUDA, copies go through pinned host memory.
+that a CPU node starts in a fraction of a second. `kvstore.arena.cuda` has that of a GPU.
 
 Behind the pages lies a mark of 8 bytes for each, by which such a reader can see whether what it copied was still the block's; who
 writes them, and which pages are whose, is the block table's business.
@@ -14,13 +14,10 @@ import fcntl
 import mmap
 import os
 import re
-import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from crc32c import crc32c
 
 from kvstore.block import Buffer
 from kvstore.checked_copy import copy_checked, prepare
@@ -32,11 +29,11 @@ from .pages import Extent
 if TYPE_CHECKING:
     import torch
 
+    from .cuda import RemoteName
+
 #: Memory that stays free for the rest of the machine when an arena is made.
 HEADROOM_BYTES = 64 << 20
 MARK_BYTES = 8
-#: Pinned memory through which CUDA copies go, a piece at a time.
-STAGING_BYTES = 4 << 20
 
 
 class Arena:
@@ -51,8 +48,13 @@ class Arena:
     """
 
     device: str
-    #: One number a page, seen by all who share the memory; None where nobody does.
-    marks: memoryview | None = None
+    #: One number a page, seen by all who share the memory.
+    marks: memoryview
+    #: Descriptor of the memory that others on this host may map, and its bytes: the marks, and on the CPU before them the pages.
+    fd: int = -1
+    shared_bytes: int
+    #: How others on this host find pages that are a GPU's; None where they are in that memory, or nobody can.
+    remote: RemoteName | None = None
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -96,6 +98,9 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back. Views that are still about keep it alive."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def pieces(self, extents: Sequence[Extent], offset: int, length: int) -> list[tuple[int, int]]:
         """Where the same bytes lie, as (byte, bytes) of the arena."""
@@ -150,46 +155,6 @@ class CpuArena(Arena):
     def _load(self, start: int, length: int) -> Buffer:
         return self._readonly[start : start + length]
 
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class CudaArena(Arena):
-    """Memory of one GPU; every copy goes through one piece of pinned host memory, so copies take turns."""
-
-    def __init__(self, size_bytes: int, page_bytes: int, device: str) -> None:
-        import torch
-
-        super().__init__(size_bytes, page_bytes)
-        self.device = device
-        self._tensor = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
-        self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._host = memoryview(self._staging.numpy())
-        self._copying = threading.Lock()
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return self._tensor
-
-    def _store(self, start: int, data: memoryview, crc: int) -> int:
-        for at in range(0, len(data), STAGING_BYTES):
-            piece = data[at : at + STAGING_BYTES]
-            with self._copying:
-                self._host[: len(piece)] = piece
-                self._tensor[start + at : start + at + len(piece)].copy_(self._staging[: len(piece)])
-        return crc32c(data, crc)
-
-    def _load(self, start: int, length: int) -> Buffer:
-        out = bytearray(length)
-        for at in range(0, length, STAGING_BYTES):
-            size = min(STAGING_BYTES, length - at)
-            with self._copying:
-                self._staging[:size].copy_(self._tensor[start + at : start + at + size])
-                out[at : at + size] = self._host[:size]
-        return out
-
 
 def sealed_memory(name: str, size_bytes: int) -> int:
     """Descriptor of nameless shared memory of this user, of a size that nobody can change: a page that is gone would kill who maps it."""
@@ -220,6 +185,8 @@ def create(size_bytes: int, device: str = "cpu", page_bytes: int = 4096) -> Aren
     index = int(device.partition(":")[2] or 0)
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise ConfigError(f"there is no GPU for device {device!r}; use --device cpu, or a cuda:N below {torch.cuda.device_count()}")
+    from .cuda import CudaArena
+
     _require(size_bytes, torch.cuda.mem_get_info(index)[0], f"GPU {index}")
     return CudaArena(size_bytes, page_bytes, f"cuda:{index}")
 

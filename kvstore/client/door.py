@@ -6,6 +6,7 @@ before it is known, after the copy, that the bytes were the block's to the end, 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -17,16 +18,18 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore import door
-from kvstore.arena import MARK_BYTES
 from kvstore.block import BlockHeader, EncodedBlock
-from kvstore.checked_copy import Copies, address_of
+from kvstore.checked_copy import Copies
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
+from .shared import DeviceCopies, DeviceMemory, SharedMemory
 from .staging import Stage
+
+log = logging.getLogger(__name__)
 
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, BATCH_GROWTH, LAST_BATCH_BYTES = 8 << 20, 4, 32 << 20
@@ -51,19 +54,14 @@ class Door(Line):
     ----------
     peer : socket
         That has been welcomed.
-    arena : uint8 [bytes], optional
-        The node's memory, where it shares it.
+    arena : SharedMemory, optional
+        The node's memory, where it shares it; it may be set to another map of the same memory.
     """
 
-    def __init__(self, peer: socket.socket, arena: np.ndarray | None) -> None:
+    def __init__(self, peer: socket.socket, arena: SharedMemory | None) -> None:
         super().__init__(peer)
-        self.share(arena)
-        self._stage: Stage | None = None
-
-    def share(self, arena: np.ndarray | None) -> None:
-        """Read from `arena`, another map of the same memory perhaps, from now on."""
         self.arena = arena
-        self._address = 0 if arena is None else address_of(arena)
+        self._stage: Stage | None = None
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float
@@ -143,7 +141,7 @@ class Door(Line):
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
         """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
         copied: list[tuple[int, EncodedBlock]] = []
-        copies, ends, marks, damage = Copies(), [], [], ""
+        copies, ends, marks, damage = self.arena.copies(), [], [], ""
         try:
             for number, planned in enumerate(_parse_plan(answer, stop - first), first):
                 header = _parse_header(planned.header)
@@ -163,22 +161,12 @@ class Door(Line):
                 whole += 1
         except CorruptBlockError as error:
             damage = str(error)
-        sound = self._sound(marks)
+        sound = self.arena.sound(marks)
         # What another block was written over meanwhile is not damaged, but gone.
         return copied[: min(whole, sound)], damage if sound >= min(whole + 1, len(marks)) else ""
 
-    def _sound(self, marks: Sequence[tuple[int, int]]) -> int:
-        """How many leading marks are as they were."""
-        if not marks:
-            return 0
-        places, states = np.array(marks, np.uint64).T
-        if int(places.max()) + MARK_BYTES > len(self.arena):
-            raise CorruptBlockError("a plan of the door does not fit its arena")
-        lost = self.arena.view(np.uint64)[places // MARK_BYTES] != states
-        return int(lost.argmax()) if lost.any() else len(marks)
-
     def _prepare(
-        self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver, copies: Copies
+        self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies
     ) -> tuple[EncodedBlock, list[int]]:
         """One block as it will be once `copies` are made, and of each layer the number of the copy with its CRC; -1 for an empty one."""
         if not header.payload_bytes:
@@ -189,9 +177,9 @@ class Door(Line):
             stop = start + row.size_bytes
             while at < stop:
                 offset, size = left.pop() if left else (0, 0)
-                if not 0 < size <= stop - at or offset + size > len(self.arena):
+                if not 0 < size <= stop - at or offset + size > self.arena.size_bytes:
                     raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-                copies.add(place + at, self._address + offset, size, goes_on=at > start)
+                copies.add(place + at, self.arena.address + offset, size, goes_on=at > start)
                 at += size
             ends.append(len(copies) - 1 if stop > start else -1)
             parts.append(payload[start:stop])
@@ -257,12 +245,25 @@ def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Doo
         else:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(door.message(Kind.HELLO, token.encode()))
-        size_bytes, descriptor = receive_memory(peer, Kind.WELCOME)
+        size_bytes, descriptor, remote = receive_memory(peer, Kind.WELCOME)
         peer.settimeout(None)
-        return Door(peer, None if descriptor is None else map_memory(descriptor, size_bytes, writable=False))
+        return Door(peer, None if descriptor is None else _shared(map_memory(descriptor, size_bytes, writable=False), remote))
     except BaseException:
         peer.close()
         raise
+
+
+def _shared(mapped: np.ndarray, remote: bytes) -> SharedMemory | None:
+    """The node's memory; None where it is a GPU's that this process does not use: blocks come over the connection then."""
+    if not remote:
+        return SharedMemory(mapped)
+    from kvstore.arena.cuda import can_attach
+
+    try:
+        return DeviceMemory(mapped, remote) if can_attach() else None
+    except TransportError as error:
+        log.info("blocks come over the connection: %s", error)
+        return None
 
 
 def _check_user(peer: socket.socket) -> None:

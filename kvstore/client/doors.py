@@ -1,6 +1,7 @@
 """Which nodes have an open door (`kvstore.door`), and the threads that go through it.
 
-A node on this host, of this user, with its arena in host memory is read from shared memory; another that names a door is read over TCP.
+A node on this host, of this user, is read from the memory that it shares, a GPU's too where this process uses that GPU, else over the
+Unix socket; another that names a door is read over TCP.
 A door that cannot be opened, or that fails, is left alone for a while: its node is served by gRPC as if there were none.
 """
 
@@ -13,14 +14,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
-
 from kvstore.arena import host_identity
 from kvstore.clock import Clock
 from kvstore.errors import ConcertinaError, CorruptBlockError
 from kvstore.metadata import NodeRecord
 
 from .door import Door, open_door
+from .shared import SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Doors:
         self._clock = clock
         self._here = host_identity()
         self._idle: defaultdict[str, list[Door]] = defaultdict(list)
-        self._arenas: dict[str, np.ndarray] = {}  # the memory of nodes on this host, mapped once for all doors
+        self._arenas: dict[str, SharedMemory] = {}  # the memory of nodes on this host, mapped once for all doors
         self._shut_until: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="door")
         self._closed = False
@@ -59,7 +59,7 @@ class Doors:
         """The way to `node` that a call may try now: ``local``, ``tcp``, or None for gRPC."""
         if self._clock.now() < self._shut_until.get(node.incarnation, 0.0):
             return None
-        if "local" in self._paths and node.device == "cpu" and node.host == self._here:
+        if "local" in self._paths and node.host == self._here:
             return "local"
         return "tcp" if "tcp" in self._paths and node.door else None
 
@@ -105,7 +105,7 @@ class Doors:
         except IndexError:
             door = open_door(node, way == "local", self._token, OPEN_TIMEOUT_S)
             if door.arena is not None:
-                door.share(self._arenas.setdefault(node.incarnation, door.arena))
+                door.arena = self._arenas.setdefault(node.incarnation, door.arena)
         try:
             outcome = work(door)
         except BaseException:

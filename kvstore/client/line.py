@@ -62,7 +62,7 @@ class Line:
             if sent:
                 views[0] = views[0][sent:]
 
-    def receive_memory(self, wanted: Kind) -> tuple[int, int | None]:
+    def receive_memory(self, wanted: Kind) -> tuple[int, int | None, bytes]:
         """See `receive_memory`; to be called while nothing else is due, since a descriptor comes with its own message alone."""
         self._patience(socket.SO_RCVTIMEO)
         return receive_memory(self._peer, wanted)
@@ -110,24 +110,29 @@ class Line:
         return left_s
 
 
-def receive_memory(peer: socket.socket, wanted: Kind) -> tuple[int, int | None]:
-    """A message that says how many bytes of memory the node shares, and the memory's descriptor, which is the caller's to close.
+def receive_memory(peer: socket.socket, wanted: Kind) -> tuple[int, int | None, bytes]:
+    """A message that says how many bytes of memory the node shares, with the memory's descriptor, which is the caller's to close.
+
+    Returns
+    -------
+    size_bytes : int
+    descriptor : int or None
+        None for no memory.
+    remote : bytes
+        What the node says of pages that are a GPU's; empty where they lie in that memory.
 
     Raises
     ------
     TransportError
         For any other message, or a size without a descriptor.
     """
-    size = door.FRAME.size + door.ARENA.size
-    answer, descriptors, _, _ = socket.recv_fds(peer, size, 1) if peer.family == socket.AF_UNIX else (b"", [], 0, None)
+    head = door.FRAME.size + door.ARENA.size
+    answer, descriptors, _, _ = socket.recv_fds(peer, head, 1) if peer.family == socket.AF_UNIX else (b"", [], 0, None)
     try:
-        while len(answer) < size:
-            more = peer.recv(size - len(answer))
-            if not more:
-                raise TransportError("the node's door stays shut")
-            answer += more
-        kind, _ = door.parse_frame(answer[: door.FRAME.size], door.ARENA.size)
-        (size_bytes,) = door.ARENA.unpack(answer[door.FRAME.size :])
+        answer = _receive_up_to(peer, answer, head)
+        kind, body_bytes = door.parse_frame(answer[: door.FRAME.size], door.ARENA.size + door.MAX_REMOTE_BYTES)
+        answer = _receive_up_to(peer, answer, door.FRAME.size + body_bytes)
+        (size_bytes,) = door.ARENA.unpack(answer[door.FRAME.size : head])
         if kind is not wanted or bool(size_bytes) != bool(descriptors):
             raise TransportError(f"the node's door did not answer with {wanted.name}")
         if descriptors and os.fstat(descriptors[0]).st_size != size_bytes:
@@ -136,7 +141,16 @@ def receive_memory(peer: socket.socket, wanted: Kind) -> tuple[int, int | None]:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    return size_bytes, descriptors[0] if descriptors else None
+    return size_bytes, descriptors[0] if descriptors else None, answer[head:]
+
+
+def _receive_up_to(peer: socket.socket, answer: bytes, size: int) -> bytes:
+    while len(answer) < size:
+        more = peer.recv(size - len(answer))
+        if not more:
+            raise TransportError("the node's door stays shut")
+        answer += more
+    return answer
 
 
 def map_memory(descriptor: int, size_bytes: int, writable: bool) -> np.ndarray:

@@ -48,7 +48,7 @@ class Stage:
     def ask(cls, line: Line) -> Stage:
         """Ask the node for memory."""
         line.send([door.message(Kind.STAGE)])
-        size_bytes, descriptor = line.receive_memory(Kind.STAGED)
+        size_bytes, descriptor, _ = line.receive_memory(Kind.STAGED)
         return cls(np.empty(0, np.uint8) if descriptor is None else map_memory(descriptor, size_bytes, writable=True))
 
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:

@@ -74,8 +74,8 @@ class Copier:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._inline = arena.device == "cpu"
-        # A CUDA arena has one staging buffer, so one thread; on the CPU two let one large put run beside another.
-        self._pool = ThreadPoolExecutor(2 if self._inline else 1, thread_name_prefix="arena-copy")
+        # On the CPU two large puts run side by side, on a GPU a put beside a get.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="arena-copy")
 
     async def write(self, writer: BlockWriter, data: memoryview) -> None:
         """`writer.write(data)`, without holding up the loop for more than about a millisecond.

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from kvstore import door
-from kvstore.arena import MARK_BYTES, CpuArena
+from kvstore.arena import MARK_BYTES
 from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
@@ -50,7 +50,9 @@ class DoorServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._guests: set[Guest] = set()
         self._stages = Stages()
-        self._shared = os.open(f"/proc/self/fd/{service.arena.fd}", os.O_RDONLY) if isinstance(service.arena, CpuArena) else -1
+        arena = service.arena
+        reachable = arena.device == "cpu" or arena.remote is not None
+        self._shared = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY) if reachable else -1
 
     async def start(self, config: NodeConfig) -> str:
         """Open the door, on TCP too unless gRPC is under TLS. Returns ``host:port`` of that side for others, empty without one.
@@ -150,7 +152,9 @@ class DoorServer:
     async def _welcome(self, peer: socket.socket, caller: Caller) -> None:
         # The memory holds everybody's blocks: one tenant among several may not see it.
         shared = self._shared >= 0 and peer.family == socket.AF_UNIX and caller.admin
-        answer = door.message(Kind.WELCOME, door.ARENA.pack(self._service.arena.shared_bytes if shared else 0))
+        arena = self._service.arena
+        remote = arena.remote.to_bytes() if shared and arena.remote is not None else b""
+        answer = door.message(Kind.WELCOME, door.ARENA.pack(arena.shared_bytes if shared else 0), remote)
         if shared:
             socket.send_fds(peer, [answer], [self._shared])
         else:
@@ -210,7 +214,7 @@ class Guest:
             self._stage = None
 
     def _open_stage(self) -> None:
-        self._stage = self._stages.open() if self._service.arena.device == "cpu" else None
+        self._stage = self._stages.open()
         size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
         socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 

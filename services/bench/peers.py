@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Result:
     with ExitStack() as stack:
         valkey = start_valkey(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="concertina-bench-"))))
         stack.callback(valkey.stop)
-        where = {"redis": valkey.url}
+        where = {"redis": valkey.url, "device": "cpu"}
         if "lmcache" not in absent:
             where |= stack.enter_context(lmcache.server())
         if "mooncake" not in absent:

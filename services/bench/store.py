@@ -22,8 +22,10 @@ from .stores import lookup
 from .stores.party import Party, party
 
 STORES = ("memory", "plain_tcp", "redis", "grpc", "tcp", "same_host")
+#: One more where the arena is on a GPU.
+GPU_YARDSTICK = "pinned"
 #: Against these all others are put into proportion.
-YARDSTICKS = ("memory", "plain_tcp", "redis")
+YARDSTICKS = ("memory", "plain_tcp", "redis", GPU_YARDSTICK)
 SIZES, QUICK_SIZES = ("64KiB", "1MiB", "4MiB", "16MiB"), ("64KiB", "1MiB", "4MiB")
 CLIENTS, QUICK_CLIENTS = (1, 2, 4, 8), (1, 2)
 #: Several clients move values of this size only: 8 clients of 64 such values fill 512 MiB on each side.
@@ -37,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", nargs="+", type=int, metavar="N", help="clients at once, beyond 1 with values of 1 MiB (1 2 4 8)")
     parser.add_argument("--rounds", type=int, help="counted rounds (5; 3 with --quick)")
     parser.add_argument("--index", type=int, metavar="BLOCKS", help="blocks in the index (1000000; 50000 with --quick)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the node's arena is (%(default)s)")
     parser.add_argument("--only", choices=("values", "lookup", "delivered"), help="one part alone")
     parser.add_argument("--model", metavar="DIR", help="whose cache is delivered: directory or hub name (default: the default model)")
     parser.add_argument(
@@ -73,6 +76,7 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         "index_blocks": args.index or (50_000 if quick else 1_000_000),
         "lookup_calls": 50 if quick else 300,
         "delivered_tokens": 512 if quick else 2048,
+        "device": args.device,
     }
     if min(chosen["values"], chosen["rounds"], *chosen["clients"], *chosen["value_bytes"]) < 1:
         raise ConfigError("--sizes, --values, --clients and --rounds must be above 0")
@@ -84,12 +88,14 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
 def _values(result: Result, redis_url: str) -> None:
     """Every store in turns, round after round: first for one client by size, then for more clients."""
     where = result.configuration
+    stores = STORES if where["device"] == "cpu" else (*STORES, GPU_YARDSTICK)
     cases = [(1, size) for size in where["value_bytes"] if 1 in where["clients"]]
     cases += [(clients, SHARED_SIZE) for clients in where["clients"] if clients > 1]
     for clients, size in cases:
         log(f"{clients} client(s), {where['values']} values of {format_size(size)} each")
-        with party(STORES, {"redis": redis_url}, clients=clients, count=where["values"], size_bytes=size) as guests:
-            take_turns(result, guests, STORES, clients, size)
+        there = {"redis": redis_url, "device": where["device"]}
+        with party(stores, there, clients=clients, count=where["values"], size_bytes=size) as guests:
+            take_turns(result, guests, stores, clients, size)
 
 
 def take_turns(result: Result, guests: Party, stores: Sequence[str], clients: int, size: int) -> None:
@@ -109,7 +115,8 @@ def _account(result: Result, samples: dict[str, list[float]], clients: int, size
     for name, seconds in samples.items():
         store, _, way = name.partition(".")
         result.samples[f"{case}.{name}_s"] = seconds
-        against = {yard: relative_speed(samples, name, f"{yard}.{way}") for yard in YARDSTICKS if yard != store}
+        yards = [yard for yard in YARDSTICKS if yard != store and f"{yard}.{way}" in samples]
+        against = {yard: relative_speed(samples, name, f"{yard}.{way}") for yard in yards}
         rate = total_bytes / statistics.median(seconds) / 1e9
         row = {"store": store, "operation": way, "clients": clients, "value_bytes": size, "gb_per_s": rate}
         result.rows.append(row | {f"to_{yard}": ratio for yard, ratio in against.items()})
@@ -140,7 +147,7 @@ def render(result: Result) -> str:
         rates = {(r["store"], r["operation"]): r for r in moved if (r["clients"], r["value_bytes"]) == case}
         cells = [f"{rates[name, 'put']['gb_per_s']:.2f} / {rates[name, 'get']['gb_per_s']:.2f}" for name in stores]
         lines.append(f"{case[0]:>7}  {format_size(case[1]):<9}" + "".join(f"{cell:>22}" for cell in cells))
-        for yard in YARDSTICKS:
+        for yard in [yard for yard in YARDSTICKS if (yard, "put") in rates]:
             ratios = [(rates[name, "put"].get(f"to_{yard}"), rates[name, "get"].get(f"to_{yard}")) for name in stores]
             texts = ["" if None in pair else f"{pair[0]:.2f} / {pair[1]:.2f}" for pair in ratios]
             lines.append(f"         ÷ {yard:<10}"[:18] + "".join(f"{text:>22}" for text in texts))

@@ -64,7 +64,7 @@ async def test_pressure_takes_layers_and_blocks_and_never_serves_wrong_bytes():
 
 
 async def test_what_leaves_the_gpu_is_found_in_host_memory():
-    async with store(arena=4 * MIB, spill_host_bytes=64 * MIB) as (node, client):
+    async with store(arena=4 * MIB, spill_host_bytes=64 * MIB) as (_, client):
         blocks = chain(40, 150_000)
         client.publish(blocks)
         assert await client.flush()

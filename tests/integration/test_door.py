@@ -11,7 +11,8 @@ import pytest
 
 from kvstore import door
 from kvstore.client import ClientConfig, KvClient
-from kvstore.client.door import Door, open_door
+from kvstore.client.door import open_door
+from kvstore.client.shared import SharedMemory
 from kvstore.credentials import Caller, Credentials
 from kvstore.errors import ConcertinaError
 from kvstore.metadata import InprocMetadata
@@ -102,7 +103,7 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
     """The lease is over before the copy is."""
     blocks = chain(1, 3 * MIB)
     async with store("local") as (node, client):
-        hits, loop, sound = await stored(client, blocks), asyncio.get_running_loop(), Door._sound
+        hits, loop, sound = await stored(client, blocks), asyncio.get_running_loop(), SharedMemory.sound
 
         async def evict():
             node.engine.holds._give_all(node.engine.holds.leases.expire(float("inf")))
@@ -112,7 +113,7 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
             asyncio.run_coroutine_threadsafe(evict(), loop).result(5)
             return sound(self, marks)
 
-        monkeypatch.setattr(Door, "_sound", late)
+        monkeypatch.setattr(SharedMemory, "sound", late)
         assert not (await fetch(client, hits)).blocks
         node.engine.check()
 

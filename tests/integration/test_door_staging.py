@@ -28,7 +28,7 @@ def guest_of(node):
     guest = open_door(node.record, True, "", 2.0)
     guest.deadline = time.monotonic() + 10.0
     guest.send([door.message(Kind.STAGE)])
-    size, descriptor = guest.receive_memory(Kind.STAGED)
+    size, descriptor, _ = guest.receive_memory(Kind.STAGED)
     return guest, map_memory(descriptor, size, writable=True) if size else None
 
 
@@ -152,7 +152,7 @@ async def test_nobody_can_take_the_memory_from_under_the_node() -> None:
         guest = await asyncio.to_thread(open_door, node.record, True, "", 2.0)
         guest.deadline = time.monotonic() + 10.0
         await asyncio.to_thread(guest.send, [door.message(Kind.STAGE)])
-        _, descriptor = await asyncio.to_thread(guest.receive_memory, Kind.STAGED)
+        _, descriptor, _ = await asyncio.to_thread(guest.receive_memory, Kind.STAGED)
         with pytest.raises(PermissionError):
             os.ftruncate(descriptor, 0)
         os.close(descriptor)

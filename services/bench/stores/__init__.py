@@ -12,6 +12,7 @@ from .base import Store
 #: Name in results -> "module:Class".
 STORES: dict[str, str] = {
     "memory": "services.bench.stores.memory:Memory",
+    "pinned": "services.bench.stores.pinned:Pinned",
     "plain_tcp": "services.bench.stores.plain_tcp:PlainTcp",
     "redis": "services.bench.stores.redis:Redis",
     "grpc": "services.bench.stores.concertina:ByGrpc",

@@ -16,6 +16,13 @@ DEADLINE_S = 60.0
 T = TypeVar("T")
 
 
+def use_gpu(device: str) -> None:
+    """Be a process that works on a GPU, as a worker is: such a one reads a node's memory there."""
+    import torch
+
+    torch.zeros(1, device=device)
+
+
 class Concertina(Store):
     """`KvClient` between `publish` and `flush`, and in `fetch`; every block is verified on both sides."""
 
@@ -23,6 +30,8 @@ class Concertina(Store):
 
     def __init__(self, values: Values, where: dict) -> None:
         super().__init__(values, where)
+        if where["device"] != "cpu":
+            use_gpu(where["device"])
         self._loop = asyncio.new_event_loop()
         queue_bytes = 2 * values.total_bytes + (64 << 20)
         config = ClientConfig(redis_url=where["redis"], paths=self.paths, queue_bytes=queue_bytes, put_timeout_s=DEADLINE_S)

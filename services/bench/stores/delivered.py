@@ -1,7 +1,8 @@
 """Delivered bandwidth: raw bytes of K and V that the model gets a second, fetched from a node and decoded.
 
-The blocks are the cache of a real prompt. Decoding begins with the first blocks that have come, while others are on their way. Beside it,
-in turns: the decoder alone on blocks that are here already, and a plain TCP copy of the raw bytes.
+The blocks are the cache of a real prompt, and go where the node's arena is: into the host's memory, or a GPU's. Decoding begins with the
+first blocks that have come, while others are on their way. Beside it, in turns: the decoder alone on blocks that are here already, and a
+plain TCP copy of the raw bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def measure(result: Result, redis_url: str, model_name: str | None, profile_file
     ids = prompt_of(model, result.configuration["delivered_tokens"])
     profile = find(folder, profile_file)
     _, (keys, values) = model.run(ids, logits=False)
-    batch = [blocks_of(x, BLOCK_TOKENS) for x in (keys, values)]
+    device = result.configuration["device"]
+    batch = [blocks_of(x, BLOCK_TOKENS).to(device) for x in (keys, values)]
     tokens = torch.tensor(ids).view(-1, BLOCK_TOKENS)
     raw_bytes = model.layout.raw_bytes(len(ids))
     for name, options in CODECS.items():
@@ -54,8 +56,9 @@ def measure(result: Result, redis_url: str, model_name: str | None, profile_file
             continue
         log(f"delivery of {len(tokens)} blocks of {name}")
         codec = create(name, model.layout, profile, **options)
-        with servers(redis_url, arena_bytes=2 * raw_bytes + (64 << 20), copy_bytes=raw_bytes) as where:
-            _case(result, codec, batch, tokens, raw_bytes, {"redis": redis_url, **where})
+        there = {"redis": redis_url, "device": device}
+        with servers(there, arena_bytes=2 * raw_bytes + (64 << 20), copy_bytes=raw_bytes) as where:
+            _case(result, codec, batch, tokens, raw_bytes, there | where)
 
 
 def _case(result: Result, codec: Codec, batch: list[torch.Tensor], tokens: torch.Tensor, raw_bytes: int, where: dict[str, Any]) -> None:
@@ -93,6 +96,13 @@ def decode_all(codec: Codec, blocks: list[EncodedBlock], tokens: torch.Tensor, o
     for at in range(0, len(blocks), DECODE_BLOCKS):
         part = slice(at, at + DECODE_BLOCKS)
         codec.decode(blocks[part], tokens=tokens[part], out=tuple(x[part] for x in out))
+    settle(out[0].device)
+
+
+def settle(device: torch.device) -> None:
+    """Until a GPU has done what it was told."""
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
 
 
 class Delivery:
@@ -141,6 +151,7 @@ class Delivery:
             span = slice(done, done + len(part))
             await self._loop.run_in_executor(self._decoder, self._decode, part, span)
             done += len(part)
+        settle(self._out[0].device)
         if len((await fetching).blocks) != len(self._hits):
             raise TransportError("the fetch ended early")
 

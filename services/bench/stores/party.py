@@ -49,12 +49,12 @@ def party(stores: Sequence[str], where: dict[str, Any], *, clients: int, count: 
     Parameters
     ----------
     where : dict
-        With ``redis``, the URL of a server that is there for this.
+        With ``redis``, the URL of a server that is there for this, and ``device``, where the node's arena is.
     """
     each = count * size_bytes
     with ExitStack() as stack:
         arena_bytes = int(ROOM * each * clients) + (64 << 20)
-        ports = stack.enter_context(servers(where["redis"], arena_bytes=arena_bytes, copy_bytes=each))
+        ports = stack.enter_context(servers(where, arena_bytes=arena_bytes, copy_bytes=each))
         setup = {"count": count, "size_bytes": size_bytes, "stores": list(stores), "where": {**where, **ports}}
         client = [sys.executable, "-m", "services.bench.stores.client"]
         workers = [_start(stack, [*client, json.dumps(setup | {"client": number})]) for number in range(clients)]
@@ -64,10 +64,11 @@ def party(stores: Sequence[str], where: dict[str, Any], *, clients: int, count: 
 
 
 @contextmanager
-def servers(redis_url: str, *, arena_bytes: int, copy_bytes: int) -> Iterator[dict[str, Any]]:
+def servers(where: dict[str, Any], *, arena_bytes: int, copy_bytes: int) -> Iterator[dict[str, Any]]:
     """A node and a plain TCP server, in processes of their own, as long as the block runs. Says where they are."""
     with ExitStack() as stack:
-        node = _start(stack, [sys.executable, "-m", "services.cli", "node", "--redis", redis_url, "--arena", str(arena_bytes)])
+        command = [sys.executable, "-m", "services.cli", "node", "--redis", where["redis"], "--device", where["device"]]
+        node = _start(stack, [*command, "--arena", str(arena_bytes)])
         plain = _start(stack, [sys.executable, "-m", "services.bench.stores.plain_tcp", str(copy_bytes)])
         yield {"node": json.loads(_first_line(node))["address"], "plain_tcp_port": int(_first_line(plain))}
 

@@ -1,0 +1,162 @@
+"""A node's memory as its readers on the same host see it: blocks are copied from it, and marks say whether they still were the blocks'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvstore.arena import MARK_BYTES
+from kvstore.checked_copy import Copies, address_of
+from kvstore.errors import CorruptBlockError, TransportError
+
+#: Of a GPU's memory, so much is on its way to the host while what came before is copied on and checked.
+PIECE_BYTES = 4 << 20
+#: Runs so close together are copied in one go, with what is between them: a page's end.
+GAP_BYTES = 4096
+
+
+class SharedMemory:
+    """Memory of one node.
+
+    Parameters
+    ----------
+    mapped : uint8 [bytes]
+        What the node shares of its host memory: marks, and before them the pages, unless those are a GPU's.
+    """
+
+    def __init__(self, mapped: np.ndarray) -> None:
+        self._marks = mapped[: len(mapped) // MARK_BYTES * MARK_BYTES].view(np.uint64)
+        self.size_bytes = len(mapped)
+        #: Where pages begin, for `copies`.
+        self.address = address_of(mapped)
+
+    def copies(self) -> Copies | DeviceCopies:
+        """An empty list of copies from here."""
+        return Copies()
+
+    def sound(self, marks: Sequence[tuple[int, int]]) -> int:
+        """How many leading marks (place in the mapped memory, number there) are as they were.
+
+        Raises
+        ------
+        CorruptBlockError
+            For a place outside.
+        """
+        if not marks:
+            return 0
+        places, states = np.array(marks, np.uint64).T
+        if int(places.max()) // MARK_BYTES >= len(self._marks):
+            raise CorruptBlockError("a plan of the door does not fit its arena")
+        lost = self._marks[places // MARK_BYTES] != states
+        return int(lost.argmax()) if lost.any() else len(marks)
+
+
+class DeviceMemory(SharedMemory):
+    """Memory of a node whose pages are a GPU's that this process uses too.
+
+    Parameters
+    ----------
+    mapped : uint8 [bytes]
+        The marks.
+    remote : bytes
+        The name of the pages, as the node says it (`kvstore.arena.cuda.RemoteName`).
+
+    Raises
+    ------
+    TransportError
+        Where they cannot be reached.
+    """
+
+    def __init__(self, mapped: np.ndarray, remote: bytes) -> None:
+        from kvstore.arena.cuda import RemoteName, attach
+
+        super().__init__(mapped)
+        self.pages = attach(RemoteName.from_bytes(remote))
+        self.size_bytes, self.address = len(self.pages), 0
+
+    def copies(self) -> DeviceCopies:
+        return DeviceCopies(self.pages)
+
+
+class DeviceCopies:
+    """As `Copies`, from a GPU's memory by way of pinned memory of the host.
+
+    Parameters
+    ----------
+    pages : uint8 tensor [bytes]
+    """
+
+    def __init__(self, pages: Any) -> None:
+        self._pages = pages
+        self._rows: list[tuple[int, int, int, bool]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, to: int, address: int, size: int, goes_on: bool) -> None:
+        """`size` bytes from place `address` of the pages to the host's address `to`; see `Copies.add`."""
+        self._rows.append((to, address, size, goes_on))
+
+    def make(self) -> Sequence[int]:
+        """Copy everything, in order. Returns the CRC-32C of each.
+
+        Raises
+        ------
+        TransportError
+            When the GPU fails.
+        """
+        ranges, places = self._ranges()
+        crcs: list[int] = []
+        try:
+            staged, came = self._send(ranges)
+            for first, stop in self._batches():
+                came[places[stop - 1][0]].synchronize()
+                copies = Copies()
+                for (to, _, size, goes_on), (_, at) in zip(self._rows[first:stop], places[first:stop], strict=True):
+                    copies.add(to, staged.data_ptr() + at, size, goes_on)
+                crcs += copies.make()
+        except RuntimeError as error:
+            raise TransportError(f"blocks could not be copied out of the GPU: {error}") from error
+        return crcs
+
+    def _ranges(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Ranges (start, bytes) of the pages that hold the rows; of each row the number of its range, and its place among their bytes."""
+        ranges: list[tuple[int, int]] = []
+        places, begins, total = [], 0, 0  # where the last range and what comes next begin among the bytes of all
+        for _, address, size, _ in self._rows:
+            start, length = ranges[-1] if ranges else (0, -1)
+            if length < 0 or not 0 <= address - start - length <= GAP_BYTES:
+                ranges.append((address, size))
+                begins, total, start = total, total + size, address
+            else:
+                ranges[-1] = (start, address + size - start)
+                total = begins + address + size - start
+            places.append((len(ranges) - 1, begins + address - start))
+        return ranges, places
+
+    def _send(self, ranges: Sequence[tuple[int, int]]) -> tuple[Any, list[Any]]:
+        """Have all ranges copied to memory of the host, one behind the other: that memory, and an event for each that it is there."""
+        import torch
+
+        staged = torch.empty(sum(size for _, size in ranges), dtype=torch.uint8, pin_memory=True)
+        at, came = 0, []
+        with torch.cuda.stream(torch.cuda.Stream(self._pages.device)):
+            for start, size in ranges:
+                staged[at : at + size].copy_(self._pages[start : start + size], non_blocking=True)
+                at += size
+                came.append(torch.cuda.Event())
+                came[-1].record()
+        return staged, came
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows to wait for and copy on together; none begins with a row that goes on."""
+        first = size = 0
+        for row, (_, _, more, goes_on) in enumerate(self._rows):
+            if size >= PIECE_BYTES and not goes_on:
+                yield first, row
+                first, size = row, 0
+            size += more
+        if self._rows:
+            yield first, len(self._rows)
