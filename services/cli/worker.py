@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check_codec(args.codec)
     check_profile(args.profile)
     check_engine(args.engine)
-    check_device(args.device)
+    check_device(args.device, max(args.workers, args.max_workers or 0))
     check_redis(args.redis)
     host, port = check_listen(args.listen, "--listen")
     http = "{}:{}".format(*check_listen(args.http, "--http"))

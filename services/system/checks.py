@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
 from pathlib import Path
 
@@ -38,11 +39,26 @@ def check_engine(name: str) -> None:
     _one_of("engine", name, ENGINES)
 
 
-def check_device(name: str) -> None:
-    """Known, and for ``cuda`` there."""
+def check_device(name: str, replicas: int = 1) -> None:
+    """Known, and for ``cuda`` there, one for each of `replicas` workers."""
     _one_of("device", name, DEVICES)
-    if name == "cuda" and not Path("/proc/driver/nvidia/version").exists():
-        raise ConfigError("--device cuda: no NVIDIA driver on this machine; use --device cpu")
+    if name != "cuda":
+        return
+    count = gpu_count()
+    if not count:
+        raise ConfigError("--device cuda: no GPU, or no NVIDIA driver, on this machine; use --device cpu")
+    if replicas > count:
+        raise ConfigError(f"--device cuda: {replicas} workers want a GPU each and there are {count}; give --workers {count}")
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use, as the driver says (which heeds CUDA_VISIBLE_DEVICES); none of them is made busy by asking."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
 def check_redis(url: str | None) -> None:

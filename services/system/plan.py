@@ -66,9 +66,10 @@ class Plan:
         return f"{self.name}-node-{number}"
 
     def node_command(self, number: int, redis: str) -> list[str]:
-        """Command line of one node."""
+        """Command line of one node; nodes take turns with the GPUs."""
+        device = f"cuda:{number % max(1, checks.gpu_count())}" if self.device == "cuda" else self.device
         command = ["node", "--redis", redis, "--id", self.node_id(number), "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-        command += ["--arena", str(self.arena_bytes), "--device", self.device]
+        command += ["--arena", str(self.arena_bytes), "--device", device]
         command += ["--policy", self.policy] if self.policy else []
         command += ["--spill", str(self.spill / self.node_id(number))] if self.spill else []
         return _concertina([*command, *self.node_arguments])
@@ -107,7 +108,7 @@ def plan(args: argparse.Namespace) -> Plan:
     """The checked plan. Raises ConfigError for the first thing that can never work."""
     checks.check_count("--nodes", args.nodes, 1)
     checks.check_count("--workers", args.workers, 0)
-    checks.check_device(args.device)
+    checks.check_device(args.device, max(args.workers, args.max_workers or 0))
     arena_bytes = checks.check_arena(args.arena, args.nodes, args.device)
     checks.check_redis(args.redis)
     checks.check_ratio(args.ratio)

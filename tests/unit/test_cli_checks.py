@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.errors import ConfigError, NotFoundError, TransportError
 from services.cli import COMMANDS, main, worker
-from services.system import record
+from services.system import checks, record
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,15 @@ def test_up_refuses_what_can_never_work(name, capsys, own_state):
     assert main(["up", *arguments]) == 2
     assert mend in capsys.readouterr().err
     assert not list(own_state.glob("*/*")) if own_state.exists() else True
+
+
+def test_a_gpu_is_there_for_each_worker(monkeypatch):
+    for count, workers, mend in ((0, 1, "--device cpu"), (1, 2, "--workers 1")):
+        monkeypatch.setattr(checks, "gpu_count", lambda count=count: count)
+        with pytest.raises(ConfigError, match=mend):
+            checks.check_device("cuda", workers)
+    checks.check_device("cuda")
+    checks.check_device("cpu", 9)
 
 
 def test_up_refuses_a_directory_that_is_no_model(tmp_path, capsys):
