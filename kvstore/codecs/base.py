@@ -23,6 +23,7 @@ from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError, La
 from kvstore.identity import NO_PARENT
 from kvstore.layout import DTYPES, KVLayout, dtype_name
 
+from .parallel import spread
 from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
@@ -184,7 +185,11 @@ class Codec(ABC):
         count, length = keys.shape[0], keys.shape[3]
         starts = self._starts(start, count)
         coded = self._encode(keys, values, starts, self._tokens(tokens, count, length))
-        blocks = [self._block(one, at, length) for one, at in zip(coded, starts, strict=True)]
+        pairs = zip(coded, starts, strict=True)
+        if keys.device.type == "cpu":
+            blocks = [self._block(one, at, length) for one, at in pairs]
+        else:  # the checksums would take longer than the device and the bus did
+            blocks = spread(lambda pair: self._block(*pair, length), pairs)
         return blocks[0] if single else blocks
 
     def _checked(self, what: str, x: torch.Tensor) -> torch.Tensor:
@@ -341,8 +346,13 @@ class Codec(ABC):
 
 def is_finite(x: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf, in one pass without a temporary of its size."""
+    return bool(all_finite(x))
+
+
+def all_finite(x: torch.Tensor) -> torch.Tensor:
+    """`is_finite` as a bool [] on the device of `x`."""
     low, high = x.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def relative_error(x_B: torch.Tensor, decoded_B: torch.Tensor) -> list[float]:

@@ -1,0 +1,85 @@
+"""Codecs of a fixed payload size: block by block on the CPU, many blocks at once on an accelerator.
+
+There a call's cost is its kernels, its waits and the bus. So a pass of torch operations takes several blocks together, payloads travel
+beside the passes (`transfer.py`), and the host waits once, for the errors of an encoding or the checks of a decoding.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kvstore.block import Distortion
+from kvstore.errors import CorruptBlockError
+
+from .base import Codec, Coded, Stored, relative
+from .transfer import Downloads, upload
+
+#: Of K and V together in one pass: an encoder's temporaries take up to 16 bytes for each.
+_PASS_VALUES = 16 << 20
+
+
+class BatchedCodec(Codec):
+    """Template: a subclass encodes and decodes a list of blocks on the CPU, and a pass of blocks of equal size on any device."""
+
+    @abstractmethod
+    def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]: ...
+
+    @abstractmethod
+    def _decode_on_cpu(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _encode_pass(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Payloads uint8 [B, bytes], the same as `_encode_on_cpu` gives, and `squares` of K and of V, float32 [B, 2, 2].
+
+        `start` is that of the first block; the others are such that their payloads have the same size.
+        """
+
+    @abstractmethod
+    def _decode_pass(self, payloads: torch.Tensor, start: int, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> torch.Tensor:
+        """Write the values of payloads [B, bytes]. Returns whether they are ones that an encoder can have written, bool []."""
+
+    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+        encode = self._encode_on_cpu if k_BLHTD.device.type == "cpu" else self._encode_in_passes
+        return encode(k_BLHTD, v_BLHTD, starts)
+
+    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        decode = self._decode_on_cpu if k_BLHTD.device.type == "cpu" else self._decode_in_passes
+        decode(blocks, k_BLHTD, v_BLHTD)
+
+    def _encode_in_passes(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
+        downloads = Downloads(k_BLHTD.device)
+        payloads, sums = [], []
+        for part in self._passes(starts, k_BLHTD.shape[3]):
+            rows, sums_BKE = self._encode_pass(k_BLHTD[part], v_BLHTD[part], starts[part.start])
+            payloads += downloads.rows(rows)
+            sums += downloads.rows(sums_BKE[None])
+        downloads.wait()
+        errors = [Distortion(*(relative(*pair) for pair in both)) for both in torch.cat(sums).tolist()]
+        views = [memoryview(payload.numpy()).toreadonly() for payload in payloads]
+        return [Coded((view,), (error,)) for view, error in zip(views, errors, strict=True)]
+
+    def _decode_in_passes(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+        starts, intact = [block.start for block in blocks], []
+        for part in self._passes(starts, blocks[0].tokens):
+            payloads = upload([block.layers[0] for block in blocks[part]], k_BLHTD.device)
+            intact.append(self._decode_pass(payloads, starts[part.start], k_BLHTD[part], v_BLHTD[part]))
+        if not bool(torch.stack(intact).all()):
+            raise CorruptBlockError(f"a number of a {self.name!r} block is not finite")
+
+    def _passes(self, starts: Sequence[int], tokens: int) -> Iterator[slice]:
+        """Runs of blocks whose payloads have the same size, as many as a pass takes."""
+        most = max(1, _PASS_VALUES // (self.layout.values_per_token * tokens))
+        first = 0
+        for i in range(1, len(starts) + 1):
+            if i == len(starts) or i - first == most or self._layer_bytes(starts[i], tokens) != self._layer_bytes(starts[first], tokens):
+                yield slice(first, i)
+                first = i
+
+
+def squares(x_BLHTD: torch.Tensor, decoded_BLHTD: torch.Tensor) -> torch.Tensor:
+    """Sum of squared errors and sum of squares of each block, float32 [B, 2]."""
+    dims, error = tuple(range(1, x_BLHTD.ndim)), x_BLHTD.float() - decoded_BLHTD
+    return torch.stack([torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32) for x in (error, x_BLHTD)], 1).square()
