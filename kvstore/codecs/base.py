@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError, La
 from kvstore.identity import NO_PARENT
 from kvstore.layout import DTYPES, KVLayout, dtype_name
 
-from .parallel import spread
+from .parallel import begin
 from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
@@ -124,7 +124,9 @@ class Codec(ABC):
     # ------------------------------------------------------------------------------------------------ for implementations
 
     @abstractmethod
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+    def _encode(
+        self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None
+    ) -> Iterable[Coded]:
         """Encode finite tensors of the layout's dtype, one result a block. Deterministic."""
 
     @abstractmethod
@@ -188,8 +190,8 @@ class Codec(ABC):
         pairs = zip(coded, starts, strict=True)
         if keys.device.type == "cpu":
             blocks = [self._block(one, at, length) for one, at in pairs]
-        else:  # the checksums would take longer than the device and the bus did
-            blocks = spread(lambda pair: self._block(*pair, length), pairs)
+        else:  # one thread's checksums would take longer than the device and the bus do
+            blocks = begin(lambda pair: self._block(*pair, length), pairs)()
         return blocks[0] if single else blocks
 
     def _checked(self, what: str, x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
 """Codecs of a fixed payload size: block by block on the CPU, many blocks at once on an accelerator.
 
 There a call's cost is its kernels, its waits and the bus. So a pass of torch operations takes several blocks together, payloads travel
-beside the passes (`transfer.py`), and the host waits once, for the errors of an encoding or the checks of a decoding.
+beside the passes (`transfer.py`), and the host asks for everything before it waits: for the payloads of an encoding, of which the first
+are handed on while the last are computed, or for the checks of a decoding.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,7 +16,7 @@ from kvstore.block import Distortion
 from kvstore.errors import CorruptBlockError
 
 from .base import Codec, Coded, Stored, relative
-from .transfer import Downloads, upload
+from .transfer import begin_download, uploads
 
 #: Of K and V together in one pass: an encoder's temporaries take up to 16 bytes for each.
 _PASS_VALUES = 16 << 20
@@ -41,7 +42,9 @@ class BatchedCodec(Codec):
     def _decode_pass(self, payloads: torch.Tensor, start: int, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> torch.Tensor:
         """Write the values of payloads [B, bytes]. Returns whether they are ones that an encoder can have written, bool []."""
 
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+    def _encode(
+        self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None
+    ) -> Iterable[Coded]:
         encode = self._encode_on_cpu if k_BLHTD.device.type == "cpu" else self._encode_in_passes
         return encode(k_BLHTD, v_BLHTD, starts)
 
@@ -49,23 +52,22 @@ class BatchedCodec(Codec):
         decode = self._decode_on_cpu if k_BLHTD.device.type == "cpu" else self._decode_in_passes
         decode(blocks, k_BLHTD, v_BLHTD)
 
-    def _encode_in_passes(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
-        downloads = Downloads(k_BLHTD.device)
-        payloads, sums = [], []
+    def _encode_in_passes(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> Iterator[Coded]:
+        passes = []
         for part in self._passes(starts, k_BLHTD.shape[3]):
-            rows, sums_BKE = self._encode_pass(k_BLHTD[part], v_BLHTD[part], starts[part.start])
-            payloads += downloads.rows(rows)
-            sums += downloads.rows(sums_BKE[None])
-        downloads.wait()
-        errors = [Distortion(*(relative(*pair) for pair in both)) for both in torch.cat(sums).tolist()]
-        views = [memoryview(payload.numpy()).toreadonly() for payload in payloads]
-        return [Coded((view,), (error,)) for view, error in zip(views, errors, strict=True)]
+            payloads, sums = self._encode_pass(k_BLHTD[part], v_BLHTD[part], starts[part.start])
+            passes.append(begin_download(*payloads, sums))
+        for arrived in passes:
+            *hosts, sums = arrived()
+            for host, both in zip(hosts, sums.tolist(), strict=True):
+                yield Coded((memoryview(host.numpy()).toreadonly(),), (Distortion(*(relative(*pair) for pair in both)),))
 
     def _decode_in_passes(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
         starts, intact = [block.start for block in blocks], []
-        for part in self._passes(starts, blocks[0].tokens):
-            payloads = upload([block.layers[0] for block in blocks[part]], k_BLHTD.device)
-            intact.append(self._decode_pass(payloads, starts[part.start], k_BLHTD[part], v_BLHTD[part]))
+        passes = list(self._passes(starts, blocks[0].tokens))
+        payloads = uploads(([block.layers[0] for block in blocks[part]] for part in passes), k_BLHTD.device)
+        for part, data in zip(passes, payloads, strict=True):
+            intact.append(self._decode_pass(data, starts[part.start], k_BLHTD[part], v_BLHTD[part]))
         if not bool(torch.stack(intact).all()):
             raise CorruptBlockError(f"a number of a {self.name!r} block is not finite")
 

@@ -7,7 +7,7 @@ again only when the copies that were begun with it are done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -15,52 +15,71 @@ import torch
 
 from kvstore.block import Buffer
 
-from .parallel import spread
+from .parallel import begin
 
 #: Bytes that one thread copies at a time.
 _PIECE_BYTES = 2 << 20
 
 
-def upload(parts: Sequence[Buffer], device: torch.device) -> torch.Tensor:
-    """Buffers of the same size as uint8 [parts, bytes] on `device`, for work on its current stream. They may be changed afterwards."""
+def uploads(batches: Iterable[Sequence[Buffer]], device: torch.device) -> Iterator[torch.Tensor]:
+    """Each batch of buffers of one size as uint8 [buffers, bytes] on `device`, for work on its current stream.
+
+    While the caller works with one batch the next is gathered in pinned memory. The buffers may be changed when all have been given.
+    """
+    ahead: Callable[[], torch.Tensor] | None = None
+    for parts in batches:
+        here, ahead = ahead, _begin_upload(parts, device)
+        if here is not None:
+            yield here()
+    if ahead is not None:
+        yield ahead()
+
+
+def _begin_upload(parts: Sequence[Buffer], device: torch.device) -> Callable[[], torch.Tensor]:
     sources = [np.frombuffer(part, np.uint8) for part in parts]
     size = len(sources[0])
     staged = _host_memory(len(parts) * size, device).view(len(parts), size)
-    pieces = [(row, source, at) for row, source in zip(staged.numpy(), sources, strict=True) for at in range(0, size, _PIECE_BYTES)]
-    spread(_copy_piece, pieces)
-    if device.type != "cuda":
-        return staged.to(device)
-    here, aside = torch.cuda.current_stream(device), _stream(device, "up")
-    with torch.cuda.stream(aside):
-        data = staged.to(device, non_blocking=True)
-    here.wait_stream(aside)
-    data.record_stream(here)
-    return data
+    rows = zip(staged.numpy(), sources, strict=True)
+    gathered = begin(_copy_piece, ((row, source, at) for row, source in rows for at in range(0, size, _PIECE_BYTES)))
 
-
-class Downloads:
-    """Copies from a device to the host that run while the device goes on. What `rows` gives is read only after `wait`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def rows(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """``x[0]``, ``x[1]``, … on the host, each in memory of its own, so that it can be given back alone."""
-        hosts = [_host_memory(row.numel() * row.itemsize, self._device).view(row.dtype).view(row.shape) for row in x]
-        if self._device.type != "cuda":
-            return [host.copy_(row) for host, row in zip(hosts, x, strict=True)]
-        aside = _stream(self._device, "down")
-        aside.wait_stream(torch.cuda.current_stream(self._device))
+    def send() -> torch.Tensor:
+        gathered()
+        if device.type != "cuda":
+            return staged.to(device)
+        here, aside = torch.cuda.current_stream(device), _stream(device, "up")
         with torch.cuda.stream(aside):
-            for host, row in zip(hosts, x, strict=True):
-                host.copy_(row, non_blocking=True)
-        x.record_stream(aside)
+            data = staged.to(device, non_blocking=True)
+        here.wait_stream(aside)
+        data.record_stream(here)
+        return data
+
+    return send
+
+
+def begin_download(*parts: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """Copies of tensors on the host, each in memory of its own, so that it can be given back alone.
+
+    They are made while the device goes on; what this returns waits for them and gives them.
+    """
+    device = parts[0].device
+    hosts = [_host_memory(part.numel() * part.itemsize, device).view(part.dtype).view(part.shape) for part in parts]
+    if device.type != "cuda":
+        for host, part in zip(hosts, parts, strict=True):
+            host.copy_(part)
+        return lambda: hosts
+    aside, done = _stream(device, "down"), torch.cuda.Event()
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for host, part in zip(hosts, parts, strict=True):
+            host.copy_(part, non_blocking=True)
+            part.record_stream(aside)
+        done.record()
+
+    def arrived() -> list[torch.Tensor]:
+        done.synchronize()
         return hosts
 
-    def wait(self) -> None:
-        """Until everything that was asked for is on the host."""
-        if self._device.type == "cuda":
-            _stream(self._device, "down").synchronize()
+    return arrived
 
 
 def _copy_piece(piece: tuple[np.ndarray, np.ndarray, int]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
-from kvstore.codecs import batched, codec_class, create, names, transfer
+from kvstore.codecs import batched, codec_class, create, names, parallel, transfer
 from kvstore.codecs.base import Stored
 from kvstore.codecs.batched import BatchedCodec
 from kvstore.errors import CorruptBlockError
@@ -39,7 +41,7 @@ def test_passes_give_the_payloads_and_values_of_single_blocks(name, layout, toke
     codec, starts = create(name, layout), [0, tokens, 2 * tokens, 0, 4 * tokens]
     keys, values, _ = make_tensors(layout, tokens * len(starts))
     batch = [cut(x, tokens) for x in (keys, values)]
-    want, got = codec._encode_on_cpu(*batch, starts), codec._encode_in_passes(*batch, starts)
+    want, got = codec._encode_on_cpu(*batch, starts), list(codec._encode_in_passes(*batch, starts))
     for a, b in zip(want, got, strict=True):
         assert bytes(a.layers[0]) == bytes(b.layers[0])
         assert tuple(b.distortions[0]) == pytest.approx(tuple(a.distortions[0]), rel=1e-3, abs=1e-12)
@@ -88,13 +90,30 @@ def test_a_pass_holds_blocks_of_one_size_and_no_more_than_it_may(monkeypatch):
     assert list(create("int8", LAYOUTS["mha"])._passes([0], 8)) == [slice(0, 1)]
 
 
-def test_what_is_uploaded_comes_back(monkeypatch):
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_is_uploaded_comes_back(count, monkeypatch):
     monkeypatch.setattr(transfer, "_PIECE_BYTES", 10)
     rng = np.random.default_rng(0)
-    parts = [rng.integers(0, 256, 37, dtype=np.uint8).tobytes() for _ in range(3)]
-    there = transfer.upload([memoryview(parts[0]), bytearray(parts[1]), memoryview(b"x" + parts[2])[1:]], CPU)
-    assert there.shape == (3, 37)
-    downloads = transfer.Downloads(CPU)
-    rows = downloads.rows(there)
-    downloads.wait()
-    assert [row.numpy().tobytes() for row in rows] == parts
+    batches = [[rng.integers(0, 256, 37, dtype=np.uint8).tobytes() for _ in range(3)] for _ in range(count)]
+    given = [[memoryview(a), bytearray(b), memoryview(b"x" + c)[1:]] for a, b, c in batches]
+    there = list(transfer.uploads(given, CPU))
+    assert all(x.shape == (3, 37) for x in there)
+    downloads = [transfer.begin_download(*x) for x in there]
+    assert [[row.numpy().tobytes() for row in arrived()] for arrived in downloads] == batches
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_is_begun_as_it_comes(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    first_is_done = threading.Event()
+
+    def items():
+        yield 1
+        assert threads == 1 or first_is_done.wait(30)
+        yield 2
+
+    def double(i):
+        first_is_done.set()
+        return 2 * i
+
+    assert parallel.begin(double, items())() == [2, 4]
