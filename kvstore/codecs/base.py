@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError, La
 from kvstore.identity import NO_PARENT
 from kvstore.layout import DTYPES, KVLayout, dtype_name
 
+from .parallel import begin
 from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
@@ -123,7 +124,9 @@ class Codec(ABC):
     # ------------------------------------------------------------------------------------------------ for implementations
 
     @abstractmethod
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+    def _encode(
+        self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None
+    ) -> Iterable[Coded]:
         """Encode finite tensors of the layout's dtype, one result a block. Deterministic."""
 
     @abstractmethod
@@ -184,7 +187,11 @@ class Codec(ABC):
         count, length = keys.shape[0], keys.shape[3]
         starts = self._starts(start, count)
         coded = self._encode(keys, values, starts, self._tokens(tokens, count, length))
-        blocks = [self._block(one, at, length) for one, at in zip(coded, starts, strict=True)]
+        pairs = zip(coded, starts, strict=True)
+        if keys.device.type == "cpu":
+            blocks = [self._block(one, at, length) for one, at in pairs]
+        else:  # one thread's checksums would take longer than the device and the bus do
+            blocks = begin(lambda pair: self._block(*pair, length), pairs)()
         return blocks[0] if single else blocks
 
     def _checked(self, what: str, x: torch.Tensor) -> torch.Tensor:
@@ -341,8 +348,13 @@ class Codec(ABC):
 
 def is_finite(x: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf, in one pass without a temporary of its size."""
+    return bool(all_finite(x))
+
+
+def all_finite(x: torch.Tensor) -> torch.Tensor:
+    """`is_finite` as a bool [] on the device of `x`."""
     low, high = x.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def relative_error(x_B: torch.Tensor, decoded_B: torch.Tensor) -> list[float]:

@@ -24,8 +24,8 @@ class Fp8Codec(ScaledByteCodec):
         return decode_fp8
 
     @staticmethod
-    def _are_finite(codes: torch.Tensor) -> bool:
-        return not bool(((codes & 0x7F) == 0x7F).any())
+    def _are_finite(codes: torch.Tensor) -> torch.Tensor:
+        return ((codes & 0x7F) != 0x7F).all()
 
     @staticmethod
     def _to_codes(x: torch.Tensor) -> torch.Tensor:

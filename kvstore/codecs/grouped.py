@@ -21,16 +21,17 @@ import torch
 from kvstore.block import Distortion
 from kvstore.errors import CorruptBlockError
 
-from .base import Codec, Coded, Stored, is_finite, relative_error
-from .memory import bytes_of, tensor_from_buffer, wide
+from .base import Coded, Stored, all_finite, is_finite, relative_error
+from .batched import BatchedCodec, squares
+from .memory import bytes_of, rows_of, tensor_from_buffer, wide
 from .parallel import spread
-from .scales import round_down, round_up
+from .scales import divided, round_down, round_up
 
 #: Of offsets and scales, whatever the cache's dtype: a rotated value may lie outside float16.
 _FIT_DTYPE = torch.bfloat16
 
 
-class GroupedCodec(Codec):
+class GroupedCodec(BatchedCodec):
     """Template: a subclass names its bits, the size of its groups and how often to refit them."""
 
     bits: ClassVar[int]
@@ -41,55 +42,69 @@ class GroupedCodec(Codec):
     #: Rotate V by a Hadamard matrix first, which makes its channels alike (QuaRot, arXiv 2404.00456, §4).
     rotate_values: ClassVar[bool] = False
 
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+    def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
         coded = []
         for k_LHTD, v_LHTD, start in zip(k_BLHTD, v_BLHTD, starts, strict=True):
-            exact = _exact_tokens(start)
-            k_fit, k_codes = self._fit(self._by_channel(k_LHTD[:, :, exact:].float()))
-            v_fit, v_codes = self._fit(self._by_token(self._rotated(v_LHTD[:, :, exact:].float())))
-            tokens = k_LHTD.shape[2]
-            k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
-            v_codes = v_codes.flatten(-2)
-            decoded = [x.clone(memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD)]
-            if tokens > exact:
-                self._restore(decoded[0][:, :, exact:], k_fit, k_codes, by_channel=True)
-                self._restore(decoded[1][:, :, exact:], v_fit, v_codes, by_channel=False)
+            parts, decoded = self._parts(k_LHTD, v_LHTD, _exact_tokens(start))
             errors = relative_error(torch.stack((k_LHTD, v_LHTD)), torch.stack(decoded))
-            parts = (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits))
             coded.append(Coded((bytes_of(*parts),), (Distortion(*errors),)))
         return coded
 
-    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+    def _parts(
+        self, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor, exact: int
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
+        """The payload's parts [L, …] in its order, and K and V as they decode. L may count the layers of several blocks."""
+        k_fit, k_codes = self._fit(self._by_channel(k_LHTD[:, :, exact:].float()))
+        v_fit, v_codes = self._fit(self._by_token(self._rotated(v_LHTD[:, :, exact:].float())))
+        tokens = k_LHTD.shape[2]
+        k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
+        v_codes = v_codes.flatten(-2)
+        k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k_LHTD, v_LHTD))
+        if tokens > exact:
+            self._restore(k[:, :, exact:], k_fit, k_codes, by_channel=True)
+            self._restore(v[:, :, exact:], v_fit, v_codes, by_channel=False)
+        return (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits)), (k, v)
+
+    def _encode_pass(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts, decoded = self._parts(k_BLHTD.flatten(0, 1), v_BLHTD.flatten(0, 1), _exact_tokens(start))
+        pairs = zip((k_BLHTD, v_BLHTD), decoded, strict=True)
+        return rows_of(*parts).view(len(k_BLHTD), -1), torch.stack([squares(x, y.view(x.shape)) for x, y in pairs], 1)
+
+    def _decode_on_cpu(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
         def one(block_and_outs: tuple[Stored, torch.Tensor, torch.Tensor]) -> None:
             block, *outs_LHTD = block_and_outs
             for i, out_LHTD in enumerate(outs_LHTD):
                 self._decode_part(block, i, out_LHTD)
 
-        each = zip(blocks, k_BLHTD, v_BLHTD, strict=True)
-        if k_BLHTD.device.type == "cpu":
-            spread(one, each)
-        else:
-            for block_and_outs in each:
-                one(block_and_outs)
+        spread(one, zip(blocks, k_BLHTD, v_BLHTD, strict=True))
 
     def _decode_part(self, block: Stored, i: int, out_LHTD: torch.Tensor) -> None:
         """Decode K (`i` 0) or V (1) of one block."""
         lay = self.layout
         exact, rest = _exact_tokens(block.start), block.tokens - _exact_tokens(block.start)
         sizes = self._section_bytes(block.start, block.tokens)
-        data = tensor_from_buffer(block.layers[0], out_LHTD.device).view(lay.layers, -1).split(sizes, 1)
+        data = tensor_from_buffer(block.layers[0]).view(lay.layers, -1).split(sizes, 1)
         out_LHTD[:, :, :exact] = wide(data[i], lay.dtype, lay.layers, lay.kv_heads, exact, lay.head_dim)
         if not rest:
             return
-        groups = (-(-rest // self.group), lay.head_dim) if i == 0 else (rest, self._channel_groups)
-        fit = wide(data[2 + i], _FIT_DTYPE, lay.layers, 2, lay.kv_heads, *groups)
+        fit = wide(data[2 + i], _FIT_DTYPE, lay.layers, 2, lay.kv_heads, *self._groups(rest, by_channel=i == 0))
         if not is_finite(fit):
             raise CorruptBlockError(f"an offset or scale of this {self.name!r} block is not finite")
-        if out_LHTD.device.type == "cpu":
-            self._restore_native(out_LHTD[:, :, exact:], fit, block.layers[0], sum(sizes[: 4 + i]), by_channel=i == 0)
-        else:
-            packed = data[4 + i].view(lay.layers, lay.kv_heads, rest, packed_bytes(lay.head_dim, self.bits))
-            self._restore(out_LHTD[:, :, exact:], fit, unpack(packed, self.bits, lay.head_dim), by_channel=i == 0)
+        self._restore_native(out_LHTD[:, :, exact:], fit, block.layers[0], sum(sizes[: 4 + i]), by_channel=i == 0)
+
+    def _decode_pass(self, payloads: torch.Tensor, start: int, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> torch.Tensor:
+        lay, (blocks, layers, heads, tokens, dim) = self.layout, k_BLHTD.shape
+        exact, rest, many = _exact_tokens(start), tokens - _exact_tokens(start), blocks * layers
+        data = payloads.view(many, -1).split(self._section_bytes(start, tokens), 1)
+        intact = torch.ones((), dtype=torch.bool, device=payloads.device)
+        for i, out_BLHTD in enumerate((k_BLHTD, v_BLHTD)):
+            out_BLHTD[:, :, :, :exact] = wide(data[i], lay.dtype, blocks, layers, heads, exact, dim)
+            if rest:
+                fit = wide(data[2 + i], _FIT_DTYPE, many, 2, heads, *self._groups(rest, by_channel=i == 0))
+                codes = unpack(data[4 + i].unflatten(1, (heads, rest, -1)), self.bits, dim)
+                self._restore(out_BLHTD[:, :, :, exact:], fit, codes, by_channel=i == 0)
+                intact &= all_finite(fit)
+        return intact
 
     def _restore_native(self, out_LHTD: torch.Tensor, fit: torch.Tensor, payload: memoryview, codes_at: int, *, by_channel: bool) -> None:
         """`_restore` in one native pass, from packed codes that start at `codes_at` in each layer of the payload."""
@@ -108,6 +123,10 @@ class GroupedCodec(Codec):
     def _channel_groups(self) -> int:
         """Groups of channels in a head of V; one where `group` does not divide the head."""
         return self.layout.head_dim // self.group if self.layout.head_dim % self.group == 0 else 1
+
+    def _groups(self, rest: int, *, by_channel: bool) -> tuple[int, int]:
+        """[N, D] of K or [T, G] of V: which groups of `rest` tokens have an offset and a scale."""
+        return (-(-rest // self.group), self.layout.head_dim) if by_channel else (rest, self._channel_groups)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """`x` through the symmetric orthogonal matrix of `rotate_values`, which undoes itself."""
@@ -129,7 +148,7 @@ class GroupedCodec(Codec):
         if not x.numel():
             return torch.zeros(x.shape[0], 2, *x.shape[1:-1], dtype=dtype, device=x.device), x.to(torch.uint8)
         offset = round_down(x.amin(-1, keepdim=True), dtype)
-        scale = round_up(x.amax(-1, keepdim=True) / top - offset.float() / top, dtype).clamp_max(torch.finfo(dtype).max)
+        scale = round_up(divided(x.amax(-1, keepdim=True), top) - divided(offset.float(), top), dtype).clamp_max(torch.finfo(dtype).max)
         codes = _codes(x, offset, scale, top)
         if self.refits:
             best = _error(x, offset, scale, codes)
@@ -142,8 +161,8 @@ class GroupedCodec(Codec):
             codes, best = torch.where(better, new_codes, codes), torch.where(better, error, best)
         return torch.stack((offset, scale), 1).squeeze(-1), codes.to(torch.uint8)
 
-    def _restore(self, out_LHTD: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, *, by_channel: bool) -> None:
-        """Write offset + scale × code, computed in float32, into `out_LHTD`."""
+    def _restore(self, out: torch.Tensor, fit: torch.Tensor, codes_LHTD: torch.Tensor, *, by_channel: bool) -> None:
+        """Write offset + scale × code, computed in float32, into `out` [L, H, T, D]; for several blocks' layers into [B, L, H, T, D]."""
         rest, (offset, scale) = codes_LHTD.shape[2], fit.float().unbind(1)
         if by_channel:
             offset, scale = (t.repeat_interleave(self.group, 2)[:, :, :rest] for t in (offset, scale))
@@ -151,8 +170,8 @@ class GroupedCodec(Codec):
         else:
             x = torch.addcmul(offset[..., None], codes_LHTD.unflatten(-1, (self._channel_groups, -1)).float(), scale[..., None])
             x = self._rotated(x.flatten(-2))
-        largest = torch.finfo(out_LHTD.dtype).max
-        out_LHTD.copy_(x.clamp_(-largest, largest))
+        largest = torch.finfo(out.dtype).max
+        out.copy_(x.clamp_(-largest, largest).view(out.shape))
 
     def _section_bytes(self, start: int, tokens: int) -> list[int]:
         """Bytes of each part of one model layer, in the payload's order."""

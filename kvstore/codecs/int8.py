@@ -41,9 +41,7 @@ class Int8Codec(ScaledByteCodec):
     def _from_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return codes.view(torch.int8)
 
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
-        if k_BLHTD.device.type != "cpu":
-            return super()._encode(k_BLHTD, v_BLHTD, starts, tokens_BT)
+    def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
         return spread(lambda pair: self._encode_block(*pair), zip(k_BLHTD, v_BLHTD, strict=True))
 
     def _encode_block(self, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> Coded:

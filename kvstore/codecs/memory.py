@@ -33,5 +33,9 @@ def wide(part: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def bytes_of(*parts: torch.Tensor) -> bytes:
     """Tensors [L, …] as bytes: for each first index, that index of every part in turn. So each model layer lies together."""
-    rows = [p.contiguous().flatten().view(torch.uint8).view(p.shape[0], p[0].numel() * p.itemsize) for p in parts]
-    return torch.cat(rows, 1).cpu().numpy().tobytes()
+    return rows_of(*parts).cpu().numpy().tobytes()
+
+
+def rows_of(*parts: torch.Tensor) -> torch.Tensor:
+    """Tensors [L, …] as uint8 [L, bytes]: in each row, that index of every part in turn."""
+    return torch.cat([p.contiguous().flatten().view(torch.uint8).view(p.shape[0], p[0].numel() * p.itemsize) for p in parts], 1)

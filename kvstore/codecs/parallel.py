@@ -23,3 +23,13 @@ def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
     work = list(items)
     threads = min(torch.get_num_threads(), len(work))
     return [function(i) for i in work] if threads <= 1 else list(_pool(torch.get_num_threads()).map(function, work))
+
+
+def begin(function: Callable[[Item], Result], items: Iterable[Item]) -> Callable[[], list[Result]]:
+    """As `spread`, for items that come one after the other: each is begun as it comes, and what this returns waits for the results."""
+    threads = torch.get_num_threads()
+    if threads <= 1:
+        results = [function(i) for i in items]
+        return lambda: results
+    futures = [_pool(threads).submit(function, i) for i in items]
+    return lambda: [future.result() for future in futures]

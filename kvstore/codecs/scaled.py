@@ -16,13 +16,14 @@ import torch
 from kvstore.block import Distortion
 from kvstore.errors import CorruptBlockError
 
-from .base import Codec, Coded, Stored, is_finite, relative_error
-from .memory import bytes_of, tensor_from_buffer, wide
+from .base import Coded, Stored, all_finite, relative_error
+from .batched import BatchedCodec, squares
+from .memory import bytes_of
 from .parallel import spread
-from .scales import groups_of, largest_scale, round_up, scale_dtype
+from .scales import divided, groups_of, largest_scale, round_up, scale_dtype
 
 
-class ScaledByteCodec(Codec):
+class ScaledByteCodec(BatchedCodec):
     """Template: a subclass names its largest code and converts between float32 and codes."""
 
     #: Largest magnitude that a code stands for.
@@ -44,37 +45,32 @@ class ScaledByteCodec(Codec):
         """What uint8 `codes` stand for, in a type that multiplies into `dtype` without loss."""
 
     @staticmethod
-    def _are_finite(codes: torch.Tensor) -> bool:
-        """Whether no uint8 code stands for NaN."""
-        return True
+    def _are_finite(codes: torch.Tensor) -> torch.Tensor | None:
+        """Whether no uint8 code stands for NaN, bool []; None where none can."""
+        return None
 
-    def _encode(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int], tokens_BT: torch.Tensor | None) -> list[Coded]:
+    def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
         coded = []
-        for k_LHTD, v_LHTD in zip(k_BLHTD, v_BLHTD, strict=True):
-            k_scale, k_codes, k_error = self._quantize(k_LHTD)
-            v_scale, v_codes, v_error = self._quantize(v_LHTD)
-            coded.append(Coded((bytes_of(k_scale, v_scale, k_codes, v_codes),), (Distortion(k_error, v_error),)))
+        for both_LHTD in zip(k_BLHTD, v_BLHTD, strict=True):
+            (k_scale, k_codes, k_decoded), (v_scale, v_codes, v_decoded) = (self._quantize(x_LHTD) for x_LHTD in both_LHTD)
+            pairs = zip(both_LHTD, (k_decoded, v_decoded), strict=True)
+            errors = [relative_error(x_LHTD[None], decoded[None])[0] for x_LHTD, decoded in pairs]
+            coded.append(Coded((bytes_of(k_scale, v_scale, k_codes, v_codes),), (Distortion(*errors),)))
         return coded
 
-    def _quantize(self, x_LHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Scales [L, H, T, G, 1], codes [L, H, T, G, D/G], and the relative squared error of both together."""
-        dtype = x_LHTD.dtype
-        x = x_LHTD.unflatten(-1, (groups_of(x_LHTD.shape[-1]), -1))
+    def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scales [..., G, 1], codes [..., G, D/G] and what they decode to [..., G, D/G], of values [..., D]."""
+        dtype = x.dtype
+        x = x.unflatten(-1, (groups_of(x.shape[-1]), -1))
         low, high = x.aminmax(dim=-1, keepdim=True)
-        scale = round_up(torch.maximum(high, -low).float() / self.top, scale_dtype(dtype)).clamp_max(largest_scale(dtype, self.top))
+        scale = round_up(divided(torch.maximum(high, -low).float(), self.top), scale_dtype(dtype)).clamp_max(largest_scale(dtype, self.top))
         ratio = x.float() / torch.where(scale > 0, scale, 1).float()
         codes = self._to_codes(ratio.clamp(-self.top, self.top))
         decoded = torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.mul(self._from_codes(codes.view(torch.uint8), dtype), scale.to(dtype), out=decoded)
-        return scale, codes, relative_error(x[None], decoded[None])[0]
+        return scale, codes, decoded
 
-    def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
-        if k_BLHTD.device.type == "cpu":
-            self._decode_native(blocks, k_BLHTD, v_BLHTD)
-        else:
-            self._decode_torch(blocks, k_BLHTD, v_BLHTD)
-
-    def _decode_native(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
+    def _decode_on_cpu(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
         from .floats import elements
 
         dim, groups, decode = self.layout.head_dim, groups_of(self.layout.head_dim), self._native_decode()
@@ -91,20 +87,26 @@ class ScaledByteCodec(Codec):
         if not all(spread(lambda task: task(), tasks)):
             raise CorruptBlockError(f"a number of this {self.name!r} block is not finite")
 
-    def _decode_torch(self, blocks: Sequence[Stored], k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
-        lay = self.layout
-        groups = groups_of(lay.head_dim)
-        rows = lay.kv_heads * blocks[0].tokens
-        shape = (lay.layers, lay.kv_heads, blocks[0].tokens, groups, lay.head_dim // groups)
-        for block, *outs_LHTD in zip(blocks, k_BLHTD, v_BLHTD, strict=True):
-            data = tensor_from_buffer(block.layers[0], k_BLHTD.device).view(lay.layers, -1)
-            scale_bytes, codes = data.split([4 * rows * groups, 2 * rows * lay.head_dim], 1)
-            scales = wide(scale_bytes, scale_dtype(lay.dtype), lay.layers, 2, *shape[1:4], 1)
-            if not is_finite(scales) or not self._are_finite(codes):
-                raise CorruptBlockError(f"a number of this {self.name!r} block is not finite")
-            scales = scales.to(lay.dtype)
-            for i, (out_LHTD, part) in enumerate(zip(outs_LHTD, codes.split(rows * lay.head_dim, 1), strict=True)):
-                torch.mul(self._from_codes(part.view(shape), lay.dtype), scales[:, i], out=out_LHTD.unflatten(-1, shape[3:]))
+    def _encode_pass(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        both_BLKHTD = torch.stack((k_BLHTD, v_BLHTD), 2)
+        scale, codes, decoded = self._quantize(both_BLKHTD)
+        sums = [squares(x, y) for x, y in zip(both_BLKHTD.unbind(2), decoded.flatten(-2).unbind(2), strict=True)]
+        payloads = torch.cat([x.flatten(2).view(torch.uint8) for x in (scale, codes)], 2)
+        return payloads.flatten(1), torch.stack(sums, 1)
+
+    def _decode_pass(self, payloads: torch.Tensor, start: int, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> torch.Tensor:
+        lay, (blocks, layers, heads, tokens, dim) = self.layout, k_BLHTD.shape
+        groups = groups_of(dim)
+        scale_count = 2 * heads * tokens * groups
+        data = payloads.view(blocks, layers, -1)
+        scales = data.view(torch.int16)[:, :, :scale_count].view(scale_dtype(lay.dtype))
+        codes = data[:, :, 2 * scale_count :]
+        checks = [all_finite(scales), self._are_finite(codes)]
+        scales = scales.to(lay.dtype).unflatten(2, (2, heads, tokens, groups, 1))
+        codes = codes.unflatten(2, (2, heads, tokens, groups, dim // groups))
+        for i, out in enumerate((k_BLHTD, v_BLHTD)):
+            torch.mul(self._from_codes(codes[:, :, i], lay.dtype), scales[:, :, i], out=out.unflatten(-1, (groups, -1)))
+        return torch.stack([check for check in checks if check is not None]).all()
 
     def _layer_bytes(self, start: int, tokens: int) -> tuple[int, ...]:
         lay = self.layout

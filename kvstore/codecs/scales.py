@@ -12,6 +12,11 @@ def groups_of(head_dim: int) -> int:
     return head_dim // GROUP_CHANNELS if head_dim % GROUP_CHANNELS == 0 else 1
 
 
+def divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """`x` / `by`, correctly rounded. By a plain number torch multiplies with the reciprocal on CUDA, which gives other scales than here."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def round_down(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The largest value of the 16-bit `dtype` that is not above the float32 `x`; never infinite."""
     near = x.to(dtype)

@@ -29,11 +29,12 @@ class CachedModel:
         self._argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     @classmethod
-    def load(cls, model_dir: Path, dtype: torch.dtype = torch.float32) -> CachedModel:
-        """The model in a Hugging Face directory, loaded as `dtype`."""
+    def load(cls, model_dir: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> CachedModel:
+        """The model in a Hugging Face directory, loaded as `dtype`; it computes, and its caches lie, on `device`."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        return cls(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype), AutoTokenizer.from_pretrained(model_dir))
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(model_dir))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of `text` as it is."""
@@ -55,7 +56,7 @@ class CachedModel:
             for layer, (keys_HTD, values_HTD) in enumerate(zip(*cache, strict=True)):
                 live.update(keys_HTD[None], values_HTD[None], layer)
         keep = {} if logits else {"logits_to_keep": 1}
-        out = self.model(torch.tensor([list(ids)]), use_cache=True, **{self._argument: live}, **keep)
+        out = self.model(torch.tensor([list(ids)], device=self.model.device), use_cache=True, **{self._argument: live}, **keep)
         keys, values = (torch.stack([getattr(layer, what)[0] for layer in live.layers]) for what in ("keys", "values"))
         return out.logits[0].float().log_softmax(-1), (keys, values)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kvstore.block import EncodedBlock
 from kvstore.codecs import names
 from kvstore.codecs.base import relative_error
 from kvstore.errors import CorruptBlockError
+from kvstore.layout import KVLayout
 from tests.codec_support import LAYOUTS, make_codec, make_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
@@ -55,3 +58,56 @@ def test_damaged_streams_are_refused_on_the_device():
     payload[-3] ^= 0xFF
     with pytest.raises(CorruptBlockError):
         codec.decode(EncodedBlock.build(block.header, [bytes(payload), *block.payload[1:]]), tokens=ids, device="cuda")
+
+
+@every_layout
+@pytest.mark.parametrize("name", ["raw", "int8", "fp8", "int4"])
+def test_both_devices_write_the_same_payload(name, layout):
+    codec, (starts, keys, values, _) = make_codec(name, layout), batch(layout)
+    on_cpu, on_gpu = (codec.encode(*given, start=starts) for given in ((keys, values), (keys.cuda(), values.cuda())))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert bytes(a.payload[0]) == bytes(b.payload[0])
+        assert tuple(b.distortion[1]) == pytest.approx(tuple(a.distortion[1]), rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["raw", "int8", "fp8", "int4", "int2"])
+@pytest.mark.parametrize("code", [None, 0xFF])
+def test_what_is_not_finite_is_refused_on_the_device(name, code):
+    layout = LAYOUTS["mha"]
+    codec, (starts, keys, values, _) = make_codec(name, layout), batch(layout)
+    blocks = codec.encode(keys.cuda(), values.cuda(), start=starts)
+    payload = bytearray(blocks[1].payload[0])
+    payload[0:2] = b"\x80\x7f"  # infinity in bfloat16; the first scale or offset lies first
+    if code is not None:
+        payload = bytearray(blocks[1].payload[0])
+        payload[-1] = code
+    blocks[1] = EncodedBlock.build(blocks[1].header, [bytes(payload)])
+    if name == "raw" or (code is not None and name != "fp8"):
+        codec.decode(blocks, device="cuda")
+    else:
+        with pytest.raises(CorruptBlockError, match="not finite"):
+            codec.decode(blocks, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["raw", "int8", "fp8", "int4", "int2"])
+def test_threads_on_streams_of_their_own_get_their_own_blocks(name):
+    """Many passes a call, so that pinned memory and that of the side streams goes round."""
+    layout, tokens, count = KVLayout(8, 8, 128, torch.bfloat16), 256, 24
+    codec = make_codec(name, layout)
+
+    def there_and_back(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            rng = torch.Generator("cuda").manual_seed(seed)
+            shape = count, layout.layers, layout.kv_heads, tokens, layout.head_dim
+            for _ in range(4):
+                given = [torch.randn(shape, generator=rng, device="cuda", dtype=layout.dtype) for _ in range(2)]
+                blocks = codec.encode(*given, start=range(0, count * tokens, tokens))
+                whole = [EncodedBlock.from_bytes(block.to_bytes()) for block in blocks]  # CRCs of what is there now
+                told = [max(block.distortion[1]) for block in whole]
+                decoded = codec.decode(whole, device="cuda")
+                found = [max(relative_error(x, y)) for x, y in zip(given, decoded, strict=True)]
+                assert max(told) == pytest.approx(max(found), rel=0.05, abs=1e-6)
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(there_and_back, range(3)))

@@ -6,6 +6,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 from services.bench import BENCHES
 from services.bench.base import SCHEMA_VERSION, Result, relative_speed, take_turns
@@ -47,11 +48,18 @@ def test_bench_codecs_measures_each_codec_beside_copy_and_prefill(argv, tmp_path
     assert set(result["samples"]) == {
         f"{n}_s" for n in ("prefill", "prefill_float32", "copy", "raw.encode", "raw.decode", "int8.encode", "int8.decode")
     }
+    assert result["configuration"]["device"] == "cpu"
     assert all(len(s) == 2 and min(s) > 0 for s in result["samples"].values())
     raw, int8 = result["rows"]
     assert raw["key_error"] == 0 < int8["key_error"] < 1e-3 and raw["ratio"] < 1 < int8["ratio"]
     assert result["ratios"]["int8.decode_to_copy"] == int8["decode_to_copy"] > 0
     assert int8["decode_to_prefill_float32"] > 0 and (int8["decode_extra_bytes"] is None or int8["decode_extra_to_raw"] >= 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main(["bench", "codecs", "--model", str(make_model("llama", tmp_path)), "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_the_table_for_people_has_a_line_a_codec(tmp_path, capsys):

@@ -26,13 +26,13 @@ def test_native_loops_of_byte_codecs_give_the_bits_of_the_torch_code(name, layou
     codec = create(name, layout)
     keys, values, _ = make_tensors(layout, tokens)
     native = codec._encode(keys[None], values[None], [0], None)[0]
-    plain = ScaledByteCodec._encode(codec, keys[None], values[None], [0], None)[0]
+    plain = ScaledByteCodec._encode_on_cpu(codec, keys[None], values[None], [0])[0]
     assert bytes(native.layers[0]) == bytes(plain.layers[0])
     assert native.distortions[0].keys == pytest.approx(plain.distortions[0].keys, rel=1e-3)
     outs = [[torch.empty(1, *keys.shape, dtype=layout.dtype) for _ in range(2)] for _ in range(2)]
     stored = [Stored(0, tokens, (memoryview(native.layers[0]),))]
-    codec._decode_native(stored, *outs[0])
-    codec._decode_torch(stored, *outs[1])
+    codec._decode_on_cpu(stored, *outs[0])
+    codec._decode_in_passes(stored, *outs[1])
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
 
