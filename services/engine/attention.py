@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -19,7 +20,6 @@ from transformers import AttentionInterface
 
 from kvstore.errors import ConfigError
 
-from .cpu.tokens import Batch
 from .live import LiveKV
 from .presses.base import Press
 
@@ -74,17 +74,26 @@ class Masks:
         return mask.repeat(groups, 1, 1)
 
 
+class Native(Protocol):
+    """Code that attends for all rows of a forward at once."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:  # fmt: skip
+        """Add K and V [1, H, N, D] to their caches, and attend with queries [1, Q, N, D]: [N, Q, D], 0 in rows of padding."""
+
+
 @dataclass(slots=True)
 class Step:
-    """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond the tokens are padding.
+    """What one forward computes: tiles, or tokens in the order of the rows. Rows beyond the tokens, or of no tile, are padding.
 
-    `native` computes all tokens at once, where there is code for them. `between` is called after the attention of each layer of tiles,
+    `native` computes all of them at once, where there is code for it. `between` is called after the attention of each layer of tiles,
     and may run another forward. `layers_seen` proves that every layer came by.
     """
 
     tiles: tuple[Tile, ...] = ()
     tokens: tuple[Token, ...] = ()
-    native: Batch | None = None
+    native: Native | None = None
     masks: Masks = field(default_factory=Masks)
     between: Callable[[], None] | None = None
     layers_seen: int = 0
@@ -128,14 +137,30 @@ def attend(
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if step.tokens:
         return _attend_tokens(module.layer_idx, step, query, key, value, scaling, sliding_window)[None], None
-    out_NQD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for tile in step.tiles:
         if tile.kv.coming is not None:
             tile.kv.coming.wait(module.layer_idx, step.between)
-        _attend_tile(module.layer_idx, tile, step.masks, query, key, value, out_NQD, scaling, sliding_window)
+    out = _attend_tiles(module.layer_idx, step, query, key, value, scaling, sliding_window)
     if step.between is not None:
         step.between()
-    return out_NQD[None], None
+    return out[None], None
+
+
+def _attend_tiles(layer, step, query, key, value, scaling, window) -> torch.Tensor:
+    """[rows, Q, D]; rows of no tile are padding."""
+    if step.native is None:
+        # No row is left as it was made: what padding computes must be finite.
+        whole = sum(tile.count for tile in step.tiles) == query.shape[2]
+        out_NQD = (query.new_empty if whole else query.new_zeros)(query.shape[2], query.shape[1], value.shape[3])
+        for tile in step.tiles:
+            _attend_tile(layer, tile, step.masks, query, key, value, out_NQD, scaling, window)
+        return out_NQD
+    out_NQD = step.native.attend(layer, query, key, value, scaling, window)
+    for tile in step.tiles:
+        if tile.press is not None:
+            q_HGTD = query[0, :, tile.row : tile.row + tile.count].reshape(key.shape[1], -1, tile.count, query.shape[3])
+            tile.press.see(layer, q_HGTD, tile.kv, tile.start + tile.count, scaling, window)
+    return out_NQD
 
 
 def _attend_tile(layer, tile, masks, query, key, value, out_NQD, scaling, window) -> None:

@@ -22,6 +22,7 @@ from .job import Job, Preempted
 from .prefixes import LiveBlock, LivePrefixes
 from .rates import Rates
 from .runner import NextToken, PromptTile, Runner
+from .sampler import likeliest
 from .scheduler import Entry, Plan, Scheduler
 from .writer import BlockWriter, Chain
 
@@ -176,10 +177,11 @@ class Core:
             if id_ in self._jobs:
                 self._scheduler.computed(id_, stop)
                 self._came(self._jobs[id_], start, stop)
+        best = likeliest(logits)
         for row, job in enumerate(finished):
             if job.id in self._jobs:
                 self._publish(job, len(job.spec.tokens))
-                self._next_token(job, logits[row])
+                self._next_token(job, logits[row], best[row])
         rows = sum(len(tile.tokens) for tile in tiles)
         if rows % self._runner.tile == 0 and not waited:  # few rows have a rate of their own
             self._rates.prefilled(rows, self._clock.now() - began)
@@ -218,18 +220,19 @@ class Core:
         began = self._clock.now()
         self._metrics.batch_size.observe(len(jobs))
         logits = self._runner.decode([NextToken(job.kv, job.output[job.step - 1], job.position, job.watcher) for job in jobs])
+        best = likeliest(logits)
         for row, job in enumerate(jobs):
-            self._next_token(job, logits[row])
+            self._next_token(job, logits[row], best[row])
         self._decoded_at = self._clock.now()
         self._decode_s = self._decoded_at - began
 
-    def _next_token(self, job: Job, logits) -> None:
+    def _next_token(self, job: Job, logits, best: int) -> None:
         """Choose, tell, and end the job or make room for its next token."""
         job.step += 1
         if job.step <= len(job.output):  # said before a preemption
             self._press(job)
             return
-        token = job.sampler.choose(logits, len(job.spec.tokens) + len(job.output))
+        token = job.sampler.choose(logits, best, len(job.spec.tokens) + len(job.output))
         job.output.append(token)
         now = self._clock.now()
         if job.last_token is None:

@@ -65,18 +65,19 @@ def remembered_shapes(facts: Mapping[str, str], find: Callable[[], tuple[Shapes,
 def _read(path: Path) -> tuple[Shapes, float] | None:
     try:
         stored = json.loads(path.read_text())
-        shapes = Shapes(tuple(int(n) for n in stored["tiles"]), int(stored["quantum"]), int(stored["rows"]))
+        shapes = Shapes(tuple(int(n) for n in stored["tiles"]), int(stored["quantum"]), int(stored["rows"]), int(stored.get("prefill", 0)))
         rate = float(stored["prefill_tokens_per_s"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s) and is made anew", path, error)
         return None
-    return (shapes, rate) if shapes.tiles[:1] == (1,) and 1 <= shapes.quantum <= shapes.rows and rate > 0 else None
+    return (shapes, rate) if shapes.tiles[:1] == (1,) and 1 <= shapes.quantum <= shapes.rows and shapes.prefill >= 0 and rate > 0 else None
 
 
 def _write(path: Path, shapes: Shapes, rate: float) -> None:
-    stored = {"tiles": shapes.tiles, "quantum": shapes.quantum, "rows": shapes.rows, "prefill_tokens_per_s": rate}
+    stored = {"tiles": shapes.tiles, "quantum": shapes.quantum, "rows": shapes.rows, "prefill": shapes.prefill}
+    stored["prefill_tokens_per_s"] = rate
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

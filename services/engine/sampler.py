@@ -27,16 +27,18 @@ class Sampler:
     def __init__(self, params: SamplingParams, seed: int) -> None:
         self.params, self.seed = params, seed
 
-    def choose(self, logits: torch.Tensor, place: int) -> int:
+    def choose(self, logits: torch.Tensor, likeliest: int, place: int) -> int:
         """The token at `place` of the sequence, prompt included.
 
         Parameters
         ----------
         logits : Tensor [vocabulary], float32
+        likeliest : int
+            As `likeliest` gives it for these logits.
         """
         p = self.params
         if p.temperature == 0:
-            return int(logits.argmax())
+            return likeliest
         probabilities, tokens = torch.softmax(logits.double() / p.temperature, -1).sort(descending=True, stable=True)
         if p.top_k:
             probabilities, tokens = probabilities[: p.top_k], tokens[: p.top_k]
@@ -46,6 +48,11 @@ class Sampler:
             cumulative = cumulative[: int((cumulative < p.top_p * cumulative[-1]).sum()) + 1]
         at = torch.searchsorted(cumulative, uniform(self.seed, place) * cumulative[-1], right=True)
         return int(tokens[min(int(at), len(cumulative) - 1)])
+
+
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """The token with the highest of `logits` [rows, vocabulary], in each row; the device is waited for once."""
+    return logits.argmax(-1).tolist()
 
 
 def uniform(seed: int, step: int) -> float:

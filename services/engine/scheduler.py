@@ -52,6 +52,8 @@ class Scheduler:
         Most of them while somebody decodes.
     rows : int
         Requests of one decode step; more take turns.
+    mixed : bool
+        Whether partial tiles may share a step with others: where all steps have one number of rows.
     """
 
     slots: int
@@ -59,6 +61,7 @@ class Scheduler:
     tiles: tuple[int, ...]
     busy_tiles: int
     rows: int
+    mixed: bool = False
     waiting: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
     running: OrderedDict[str, Entry] = field(default_factory=OrderedDict)
     _prefilled: bool = False
@@ -101,13 +104,14 @@ class Scheduler:
     def _spans(self, prefill: list[Entry], most: int) -> tuple[tuple[str, int, int], ...]:
         """The next tiles, first come first served: the largest allowed number of whole ones that there is work for, or one partial tile.
 
-        A partial tile has as many rows as tokens. It is alone in its step, so that the step's shape depends on its prompt and nothing else.
+        Unless steps are `mixed`, a partial tile has as many rows as tokens. It is then alone in its step, so that the step's shape depends
+        on its prompt and nothing else.
         """
         spans: list[tuple[str, int, int]] = []
         for entry in prefill:
             for start in range(entry.computed, entry.prompt, self.tile):
                 span = (entry.id, start, min(start + self.tile, entry.prompt))
-                partial = span[2] - start < self.tile
+                partial = span[2] - start < self.tile and not self.mixed
                 if partial and not spans:
                     return (span,)
                 if partial or len(spans) == most:

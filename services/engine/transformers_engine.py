@@ -26,6 +26,7 @@ from kvstore.errors import CapacityError, DeadlineError, InvalidInputError
 from kvstore.metrics import Metrics
 from services.model import fingerprint
 
+from . import cuda
 from .base import Delta, Engine, GenerateSpec, ModelInfo
 from .config import EngineConfig
 from .core import Core
@@ -121,14 +122,16 @@ class TransformersEngine(Engine):
         runner = Runner(loaded.model, LivePool(loaded.layout, max(1, room // size), size, device))
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
         tiles = {min(most, config.busy_prefill_tiles), *(most >> halved for halved in range(most.bit_length()))}
+        if rows := cuda.prefill_rows(device, runner.tile, most, config.prefill_rows):
+            tiles = set(range(1, rows // runner.tile + 1))
         digest = fingerprint(Path(config.model))
         facts = machine(config.device) | {
             "model": digest, "layout": str(loaded.layout), "tile": str(runner.tile), "tiles": str(sorted(tiles)),
-            "batch": str(config.max_batch), "products": ROW_PRODUCTS,
+            "batch": str(config.max_batch), "products": ROW_PRODUCTS, **cuda.facts(runner.pool, rows),
         }  # fmt: skip
         probe = Runner(loaded.model, LivePool(loaded.layout, pages_needed(tiles, config.max_batch), size, device))
         join_siblings(loaded.model, partial(one_row, probe))
-        find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock)
+        find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock, rows)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
             warm_up(probe, loaded.vocab_size)
@@ -149,7 +152,9 @@ class TransformersEngine(Engine):
             # What waits to be encoded holds its pages: it is shed before requests have to wait for them.
             limit = min(config.publish_queue_blocks, max(1, self._runner.pool.pages.total // 4))
             writer = BlockWriter(codec, claim, deliver, limit, config.publish_share, self.metrics, self._clock)
-        scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, config.busy_prefill_tiles, shapes.rows)
+        padded = shapes.prefill > 0  # a step costs the same with one tile as with all that it has places for
+        busy = max(shapes.tiles) if padded else config.busy_prefill_tiles
+        scheduler = Scheduler(config.max_batch, config.block_tokens, shapes.tiles, busy, shapes.rows, padded)
         return Core(self._runner, scheduler, prefixes, writer, self._loaded.eos, self._rates, self.metrics, self._clock)
 
     async def use_profile(self, profile: Profile, codec: str, options: dict[str, Any], *, write: bool) -> None:

@@ -5,7 +5,7 @@ import pytest
 from services.engine.remembered import machine, remembered_shapes
 from services.engine.runner import Shapes
 
-FOUND = (Shapes((1, 2, 4), 2, 8), 345.5)
+FOUND = (Shapes((1, 2, 4), 2, 8, 256), 345.5)
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_any_other_fact_is_found_anew(finder):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"tiles": [1]}', '{"tiles": [2], "quantum": 1, "rows": 1, "prefill_tokens_per_s": 1}',
-                                  '{"tiles": [1], "quantum": 0, "rows": 1, "prefill_tokens_per_s": 1}'])  # fmt: skip
+                                  '{"tiles": [1], "quantum": 0, "rows": 1, "prefill_tokens_per_s": 1}',
+                                  '{"tiles": [1], "quantum": 1, "rows": 1, "prefill": -1, "prefill_tokens_per_s": 1}'])  # fmt: skip
 def test_a_damaged_file_is_made_anew(finder, tmp_path, text):
     remembered_shapes({}, finder)
     (file,) = (tmp_path / "concertina" / "shapes").glob("*.json")

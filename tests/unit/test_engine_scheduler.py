@@ -46,6 +46,14 @@ def test_a_partial_tile_is_alone_in_its_step():
     assert plans == [(("a", 0, 4),), (("a", 4, 5),), (("b", 0, 3),), (("c", 0, 4),)]
 
 
+def test_where_all_steps_have_one_number_of_rows_a_partial_tile_shares_one():
+    s = scheduler(tiles=(1, 2, 3, 4), mixed=True)
+    s.add(Entry("a", 5, 0))
+    s.add(Entry("b", 3, 0))
+    s.add(Entry("c", 8, 0))
+    assert s.plan() == Plan(prefill=(("a", 0, 4), ("a", 4, 5), ("b", 0, 3), ("c", 0, 4)))
+
+
 def test_decode_and_prefill_take_turns_and_the_gap_is_bounded():
     s = scheduler()
     s.add(Entry("a", 2, 0))

@@ -1,0 +1,42 @@
+"""Forwards on a GPU: attention over pages by Triton kernels, row counts that never change, and recorded launches (CUDA graphs).
+
+A matrix product gives a row other bits when the number of rows changes. So here every prefill forward has one number of rows and every
+decode forward another, whoever is in it; what is left over is padding that writes nothing. `triton` is optional: without it the
+engine computes with torch alone, in the same row counts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from services.engine.live import LivePool
+
+#: Changes with the bits that the kernels here give.
+PAGED_ATTENTION = "1"
+#: Channels of a head up to which a program's share of K and V fits into a multiprocessor's shared memory.
+MAX_HEAD_DIM = 256
+
+
+def can_attend(pool: LivePool) -> bool:
+    """Whether such caches can be attended to by the kernels: on a GPU, with `triton` installed and heads that are not too large."""
+    return pool.device.type == "cuda" and pool.layout.head_dim <= MAX_HEAD_DIM and importlib.util.find_spec("triton") is not None
+
+
+def facts(pool: LivePool, prefill: int) -> dict[str, str]:
+    """What decides bits on a GPU beside the machine: nothing on a CPU."""
+    kernels = {"paged_attention": PAGED_ATTENTION, "triton": importlib.metadata.version("triton")} if can_attend(pool) else {}
+    return kernels | ({"prefill": str(prefill)} if prefill else {})
+
+
+def prefill_rows(device: torch.device, tile: int, most_tiles: int, most_rows: int) -> int:
+    """Rows of every prefill forward: a power of two times the tile, of at most so many tiles and rows, at least a tile.
+
+    0 on a CPU, where forwards have as many rows as there are tokens.
+    """
+    if device.type != "cuda":
+        return 0
+    tiles = max(1, min(most_tiles, most_rows // tile))
+    return tile << (tiles.bit_length() - 1)
