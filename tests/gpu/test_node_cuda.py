@@ -64,11 +64,11 @@ async def test_pressure_takes_layers_and_blocks_and_never_serves_wrong_bytes():
 
 
 async def test_what_leaves_the_gpu_is_found_in_host_memory():
-    async with store(arena=4 * MIB, spill_host_bytes=64 * MIB) as (_, client):
-        blocks = chain(40, 150_000)
-        client.publish(blocks)
-        assert await client.flush()
-        await asyncio.sleep(0.5)
-        hits = await client.lookup([block.header.key for block in blocks])
-        assert len(hits) == len(blocks)
-        assert same(await fetch(client, hits), blocks)
+    async with store(arena=4 * MIB, policy="lru", spill_host_bytes=64 * MIB) as (node, client):
+        chains = [chain(8, 150_000, number=1000 * n) for n in range(5)]
+        for blocks in chains:
+            client.publish(blocks)
+            assert await client.flush()
+        assert node.engine.used_bytes <= 4 * MIB < sum(block.header.total_bytes for blocks in chains for block in blocks)
+        for blocks in chains:
+            assert same(await fetch(client, await stored(client, blocks)), blocks)
