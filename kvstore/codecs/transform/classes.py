@@ -48,9 +48,12 @@ class TokenClasses:
         """(offset of the step index, first token, one past the last) of each class that occurs, in the order of coding."""
         if not len(self.of):
             return [(0, 0, 0)]
-        present, counts = np.unique(self.of, return_counts=True)
-        ends = np.cumsum(counts)
-        return [((USUAL - int(c)) * CLASS_STEPS, int(e - n), int(e)) for c, n, e in zip(present, counts, ends, strict=True)]
+        counts, end, out = np.bincount(self.of, minlength=CLASSES).tolist(), 0, []
+        for number, count in enumerate(counts):
+            end += count
+            if count:
+                out.append(((USUAL - number) * CLASS_STEPS, end - count, end))
+        return out
 
     def to_bytes(self) -> bytes:
         """Two classes a byte, the earlier one in the low half."""

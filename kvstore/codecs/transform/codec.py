@@ -16,7 +16,7 @@ StreamingLLM (arXiv 2309.17453). Ours: Fisher weights, prediction from embedding
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from kvstore.layout import KVLayout
 from ..base import Codec, Coded, OnLayers, Stored
 from ..parallel import spread
 from . import device, native, rate
-from .classes import TokenClasses, arranged, harms, most_classes, packed_bytes, put_back
+from .classes import TokenClasses, arranged, harms, most_classes, packed_bytes
 from .coder import BlockEncoder
 from .payload import LayerPayload
 from .projection import Projection
@@ -41,6 +41,8 @@ COARSEST = 32.0
 DIVERGENCE_DROP = 42
 #: Most values that are transformed at once (2,048 tokens of the default model); bounds the memory beside the result.
 CHUNK_VALUES = 24 << 20
+#: Those that are decoded at once on an accelerator: its time depends on the longest stream more than on their number.
+DEVICE_CHUNK_VALUES = 160 << 20
 MAX_BLOCK_TOKENS = 1024
 
 
@@ -164,7 +166,7 @@ class TransformCodec(Codec):
             else:
                 made = encoder.layer_at(steps[i])
             classes = encoder.classes if len(encoder.runs) > 1 else None
-            first = LayerPayload(made.steps, made.words, exact, bfloat16, classes) if i == 0 else made
+            first = replace(made, exact=exact, bfloat16=bfloat16, classes=classes) if i == 0 else made
             layers.append(first.to_bytes())
             spent += len(layers[-1])
             missing = [z.copy() for z in seen]
@@ -207,7 +209,8 @@ class TransformCodec(Codec):
     def _decode_by_layers(
         self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, on_layers: OnLayers
     ) -> None:
-        per = max(1, CHUNK_VALUES // (self.layout.values_per_token * blocks[0].tokens))
+        most = CHUNK_VALUES if k_BLHTD.device.type == "cpu" else DEVICE_CHUNK_VALUES
+        per = max(1, most // (self.layout.values_per_token * blocks[0].tokens))
         for at in range(0, len(blocks), per):
             chunk, last = slice(at, at + per), at + per >= len(blocks)
             tokens = None if tokens_BT is None else tokens_BT[chunk]
@@ -223,34 +226,31 @@ class TransformCodec(Codec):
             coded = [length - (b.start == 0) for b in blocks]
             order = _orders([layers[0].classes or TokenClasses.alike(n) for layers, n in zip(parsed, coded, strict=True)], length)
             positions, tokens = positions.gather(1, order), None if tokens is None else tokens.cpu().gather(1, order)
-        batch = parsed, [b.start == 0 for b in blocks], positions, tokens, k, v
+        batch = parsed, [b.start == 0 for b in blocks], positions, tokens, order, k, v
         if k.device.type == "cpu":
             restored = native.restore(self.layout, projection, *batch)
         else:
-            restored = device.restore(self.layout, projection, projection.coder, *batch)
+            restored = device.restore(self.layout, projection, projection.decoder, *batch)
+        starts = [b for b, block in enumerate(blocks) if block.start == 0]
+        exact = [(b, *self._exact_of(parsed[b][0], k)) for b in starts]
         for group in restored:
             mine = slice(group.first, group.last)
-            if order is not None:
-                put_back(k[:, mine], order)
-                put_back(v[:, mine], order)
-            for block, layers, k_LHTD, v_LHTD in zip(blocks, parsed, k, v, strict=True):
-                if block.start == 0:
-                    self._put_exact(layers[0], mine, k_LHTD, v_LHTD)
+            for b, k_LHD, v_LHD in exact:
+                k[b, mine, :, 0], v[b, mine, :, 0] = k_LHD[mine], v_LHD[mine]
             on_layers(group.last)
 
     def _parsed(self, block: Stored, groups: int) -> list[LayerPayload]:
         sink = self.layout.raw_bytes(1) if block.start == 0 else 0
         base = LayerPayload.from_bytes(block.layers[0], groups, sink, block.tokens - bool(sink))
-        return [base, *(LayerPayload.from_bytes(data, len(base.words)) for data in block.layers[1:])]
+        return [base, *(LayerPayload.from_bytes(data, base.runs) for data in block.layers[1:])]
 
     @staticmethod
-    def _put_exact(layer: LayerPayload, mine: slice, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor) -> None:
-        """The first token's values, in the model's layers `mine`."""
+    def _exact_of(layer: LayerPayload, k_BLHTD: torch.Tensor) -> torch.Tensor:
+        """K and V of the first token, [2, L, H, D] of the type and on the device of the cache."""
         dtype = torch.bfloat16 if layer.bfloat16 else torch.float16
-        first = torch.frombuffer(bytearray(layer.exact), dtype=dtype).to(k_LHTD.device)
-        half = first.numel() // 2
-        k_LHTD[mine, :, 0] = first[:half].view(k_LHTD.shape[0], k_LHTD.shape[1], -1)[mine]
-        v_LHTD[mine, :, 0] = first[half:].view(v_LHTD.shape[0], v_LHTD.shape[1], -1)[mine]
+        first = torch.frombuffer(bytearray(layer.exact), dtype=dtype).to(k_BLHTD.device, k_BLHTD.dtype)
+        _, layers, heads, _, dim = k_BLHTD.shape
+        return first.view(2, layers, heads, dim)
 
 
 def _orders(classes: Sequence[TokenClasses], length: int) -> torch.Tensor:

@@ -153,7 +153,7 @@ class BlockEncoder:
             m = cheapest_within(self.price, left, guess, low, high)
             left -= self._pass(m, steps, words)
             if m > low or m <= self.finest or len(self.steps) >= MAX_PASSES - 4:
-                return LayerPayload(steps, words)
+                return LayerPayload.of(steps, words)
 
     def layer_at(self, m: int) -> LayerPayload:
         """The next layer of precision, ending at step index `m`."""
@@ -161,7 +161,7 @@ class BlockEncoder:
         while self.steps and self.steps[-1] - m > MAX_DROP:
             self._pass(self.steps[-1] - MAX_DROP, steps, words)
         self._pass(m, steps, words)
-        return LayerPayload(steps, words)
+        return LayerPayload.of(steps, words)
 
     def _pass(self, m: int, steps: list[int], words: list[list[np.ndarray]]) -> int:
         """Encode one pass, append it to `steps` and `words`; its bytes."""

@@ -1,15 +1,17 @@
-"""A batch of blocks through the transform codec on an accelerator: torch's operations, and Triton's kernel for the entropy coder.
+"""A batch of blocks through the transform codec on an accelerator: torch's matrix products, and kernels of our own around them.
 
-Decoding stays on the device: the streams go there as they are, and what a pass needs from the host is bookkeeping of a few kilobytes (which
-table codes which row). Encoding computes the coefficients there and hands them to the host, where steps are searched and streams written:
-the blob is host memory in the end, and publishing waits for nobody.
+Decoding stays on the device. The host makes a few flat arrays of what is coded where (`streams`) and sends them there with the streams in
+one copy; how many kernels are started then depends on the groups of layers, not on the blocks. All streams are read first, by one
+launch: that takes as long as the longest of them. Encoding computes the coefficients there and hands them to the host, where steps are
+searched and streams written: the blob is host memory in the end, and publishing waits for nobody.
 
-Legend: B blocks, T tokens a block, N = B·T, R coefficients, P passes, D rows' dithers.
+Legend: B blocks, T tokens a block, N = B·T, R coefficients, L model layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,24 +19,74 @@ import torch
 
 from kvstore.errors import CorruptBlockError
 from kvstore.layout import KVLayout
+from kvstore.rope import RopeSpec
 
-from . import kernels
-from .groups import Group, gather, split
-from .ladder import DITHER, Ladder
-from .models import LAW, Models
+from .groups import Group, gather
 from .moments import unrotate
 from .native import Transformed
-from .payload import LayerPayload, parts_of
+from .payload import LayerPayload
 from .projection import Projection
+from .streams import Streams, upload
 
 
-class Coder(Protocol):
-    """What decodes streams: `entropy.triton_rans.TritonCoder`, or a stand-in of the tests."""
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the rows of a batch belong in K and V, and how their keys are turned.
 
-    def decode(
-        self, words: Sequence[torch.Tensor], contexts: Sequence[torch.Tensor], tables: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[bool]]:
-        """Numbers of each stream, int16 [rows, tokens], and whether it was intact."""
+    Parameters
+    ----------
+    target : int32 [N]
+        Token of its block that a row belongs to; rows are in the order of coding.
+    cos, sin : float32
+        The tables of each different rotation of the model, [N, pairs] behind each other.
+    ropes : int32 [L, 3]
+        For each layer: pairs in the tables before its own, pairs in its own, whether they interleave.
+    """
+
+    target: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    ropes: torch.Tensor
+
+    @classmethod
+    def of(cls, layout: KVLayout, positions_BT: torch.Tensor, order_BT: torch.Tensor | None, device: torch.device) -> Places:
+        specs: dict[RopeSpec, int] = {}
+        before, ropes = 0, []
+        for layer in range(layout.layers):
+            spec = layout.rope.for_layer(layer)
+            pairs = spec.rotary_dim // 2
+            if spec not in specs:
+                specs[spec], before = before, before + pairs
+            ropes.append((specs[spec], pairs, spec.interleaved))
+        blocks, length = positions_BT.shape
+        target = np.tile(np.arange(length), blocks) if order_BT is None else order_BT.reshape(-1).numpy()
+        arrays = {"target": target.astype(np.int32), "ropes": np.array(ropes, dtype=np.int32), "positions": positions_BT.numpy()}
+        there = upload({name: [a] for name, a in arrays.items()}, device)
+        tables = [spec.tables(there["positions"]) for spec in specs]
+        cos, sin = (torch.cat([table.reshape(-1) for table in column]) for column in zip(*tables, strict=True))
+        return cls(there["target"], cos, sin, there["ropes"])
+
+
+class Decoded(Protocol):
+    """What `Decoder.decode` gives."""
+
+    #: int8, any shape: 0 for streams that no encoder writes. What values are made of those is garbage.
+    intact: torch.Tensor
+
+    def values(self, group: int, out_RN: torch.Tensor) -> None:
+        """Values of a group's first coefficients into `out_RN`, where they are coded; nothing elsewhere."""
+
+
+class Decoder(Protocol):
+    """`triton_decoder.TritonDecoder`, or a stand-in of the tests. Nothing here waits for the device."""
+
+    def decode(self, streams: Streams) -> Decoded:
+        """Read all streams."""
+
+    def place(
+        self, group: Group, base: torch.Tensor, product: torch.Tensor, places: Places, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Rows ``base + product`` [N, columns] into the group's layers of K and V [B, L, H, T, D], RoPE applied."""
 
 
 def transform(
@@ -53,110 +105,45 @@ def transform(
 
 
 def restore(
-    layout: KVLayout, projection: Projection, coder: Coder, payloads: Sequence[Sequence[LayerPayload]], exact: Sequence[bool],
-    positions: torch.Tensor, tokens_BT: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
+    layout: KVLayout,
+    projection: Projection,
+    decoder: Decoder,
+    payloads: Sequence[Sequence[LayerPayload]],
+    exact: Sequence[bool],
+    positions: torch.Tensor,
+    tokens_BT: torch.Tensor | None,
+    order_BT: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
 ) -> Iterator[Group]:
-    """Write the values of K and V [B, L, H, T, D], all but a block's exact first token; gives each group once it is written.
-
-    Raises
-    ------
-    CorruptBlockError
-    """
+    """As `native.restore`. The groups are given once all streams are known to be intact; their values may still be on their way."""
     blocks, length = positions.shape
-    positions, rows = positions.to(k.device), projection.rows(tokens_BT)
-    parts = [
-        (b * length + e + part.first, part)
-        for b, (layers, e) in enumerate(zip(payloads, exact, strict=True))
-        for part in parts_of(layers, length - e)
-    ]
+    streams = Streams.of(projection.kappa, payloads, exact, length)
+    # What copies and waits for it comes before the long kernel.
+    rows, places = projection.rows(tokens_BT), Places.of(layout, positions, order_BT, k.device)
+    decoded = decoder.decode(streams)
+    is_intact = _Answer(decoded.intact)
     for i, group in enumerate(projection.groups):
-        cells = [
-            _Cells(projection.models, part.ladder, projection.kappa[i], projection.shape[i], part.words[i], part.tokens, k.device)
-            for _, part in parts
-        ]
-        _decode_passes(coder, cells, i)
-        c_RN = torch.zeros(max(c.count for c in cells), blocks * length, device=k.device)
-        for (begin, part), cell in zip(parts, cells, strict=True):
-            c_RN[: cell.count, begin : begin + part.tokens] = cell.values()
-        x = projection.add_common(i, c_RN, projection.base(i, rows, blocks * length))
-        keys, values = split(x, group, layout, blocks)
-        mine, rope = slice(group.first, group.last), layout.rope.for_layers(group.first, group.last)
-        k[:, mine] = unrotate(rope, keys, positions, inverse=False)
-        v[:, mine] = values
-        yield group
+        d = projection.decoders[i][: streams.most_rows(i)]
+        c_RN = torch.zeros(len(d), blocks * length, dtype=d.dtype, device=k.device)
+        decoded.values(i, c_RN)
+        decoder.place(group, projection.base(i, rows, blocks * length), c_RN.T @ d, places, k, v)
+    if not is_intact.all():
+        raise CorruptBlockError("the entropy-coded streams of a block are damaged")
+    yield from projection.groups
 
 
-def _decode_passes(coder: Coder, cells: Sequence[_Cells], group: int) -> None:
-    """All passes of one group, those of the same number for all blocks (of the same length) at once."""
-    for p in range(max(len(c.ladder.steps) for c in cells)):
-        for tokens in sorted({c.tokens for c in cells}):
-            going_on = [c for c in cells if c.tokens == tokens and p < len(c.ladder.steps)]
-            if not going_on:
-                continue
-            numbers, intact = coder.decode(*(list(column) for column in zip(*(c.stream(p) for c in going_on), strict=True)))
-            if not all(intact):
-                raise CorruptBlockError(f"the entropy-coded streams of group {group} are damaged")
-            for c, q in zip(going_on, numbers, strict=True):
-                c.advance(p, q)
+class _Answer:
+    """What a tensor holds at this point of the device's work, to be waited for later."""
 
+    def __init__(self, x: torch.Tensor) -> None:
+        self._event = torch.cuda.Event() if x.device.type == "cuda" else None
+        self._here = torch.empty(x.shape, dtype=x.dtype, pin_memory=self._event is not None)
+        self._here.copy_(x, non_blocking=True)
+        if self._event:
+            self._event.record(torch.cuda.current_stream(x.device))
 
-class _Cells:
-    """The cells that one block's coefficients of one group are in; `kernels.advance` and `kernels.rebuild` in torch.
-
-    Parameters
-    ----------
-    words : (uint16 [all passes' words], int64 [P + 1])
-    tokens : int
-        Coded tokens.
-    """
-
-    def __init__(
-        self, models: Models, ladder: Ladder, kappa: np.ndarray, shape: np.ndarray, words: tuple[np.ndarray, np.ndarray], tokens: int,
-        device: torch.device,
-    ) -> None:
-        self.models, self.ladder, self.kappa, self.shape, self.tokens, self.device = models, ladder, kappa, shape, tokens, device
-        self.words, self.ends = torch.from_numpy(words[0]).to(device), words[1]
-        self.count = int(kernels.active(kappa, ladder.steps[-1], LAW))
-        self.kinds = torch.zeros(self.count, tokens, dtype=torch.uint8, device=device)
-        self.lows = torch.zeros(self.count, tokens, device=device)
-        rows = np.arange(self.count)
-        self.first_pass = (kappa[: self.count, None] - ladder.steps[None] < LAW.active).sum(1)
-        self.dither = rows % len(DITHER)
-
-    def stream(self, p: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Words, contexts and tables of pass `p`."""
-        now = int(kernels.active(self.kappa, self.ladder.steps[p], LAW))
-        steps, parts, log_width, _ = self.ladder.arrays
-        tables = kernels.tables_of(self.kappa, self.shape, now, p, steps, parts, log_width, self.models.zero, LAW)
-        return self.words[self.ends[p] : self.ends[p + 1]], self.kinds[:now], torch.from_numpy(tables).to(self.device)
-
-    def advance(self, p: int, numbers: torch.Tensor) -> None:
-        """Move the cells on by the numbers of pass `p`, int16 [now, tokens]."""
-        now, q = len(numbers), numbers.float()
-        kinds, lows = self.kinds[:now], self.lows[:now]
-        width = self._by_cell(self.ladder.width[:, p + 1], kinds)
-        leaves = (kinds == 0) & (numbers != 0)
-        edge = (q.abs() - 1 + float(LAW.dead)) * float(np.float32(2.0 ** (self.ladder.steps[p] / LAW.octave)))
-        moved = lows + torch.where(lows < 0, -1.0, 1.0) * q * width
-        lows.copy_(torch.where(leaves, torch.where(q < 0, -edge, edge), torch.where(kinds > 0, moved, lows)))
-        kinds.masked_fill_(leaves, p + 1)
-
-    def values(self) -> torch.Tensor:
-        """Values at the middles of mass of their cells, float32 [count, tokens]."""
-        passes, ladder = len(self.ladder.steps), self.ladder
-        b, f = self.kinds.long() - 1, torch.from_numpy(self.first_pass).to(self.device)[:, None]
-        inner = (LAW.dead + np.float32(0.5)) * ladder.width[0, self.first_pass + 1, self.first_pass, self.first_pass]
-        last, near = b == passes - 1, self.lows.abs() < torch.from_numpy(inner).to(self.device)[:, None]
-        which = torch.where(last & (b > f), 2, torch.where(last & near, 0, 1))
-        log_width = self._by_cell(ladder.log_width[:, passes], self.kinds)
-        kappa = torch.from_numpy(self.kappa[: self.count]).to(self.device)[:, None]
-        at = (kappa - log_width - LAW.active).clamp(0, LAW.span - 1).long()
-        shape = torch.from_numpy(self.shape[: self.count].astype(np.int64)).to(self.device)[:, None]
-        centre = torch.from_numpy(self.models.centre).to(self.device)[shape, which, at]
-        size = self.lows.abs() + centre * self._by_cell(ladder.width[:, passes], self.kinds)
-        return torch.where(self.kinds == 0, 0.0, torch.where(self.lows < 0, -size, size))
-
-    def _by_cell(self, table_DPP: np.ndarray, kinds: torch.Tensor) -> torch.Tensor:
-        """The entry of each value's cell, by row's dither, first pass, and the pass in which the value left the dead zone."""
-        rows = torch.from_numpy(table_DPP[self.dither[: len(kinds)], self.first_pass[: len(kinds)]])
-        return rows.to(self.device).gather(1, (kinds.long() - 1).clamp_min(0))
+    def all(self) -> bool:
+        if self._event:
+            self._event.synchronize()
+        return bool(self._here.all())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +38,13 @@ DITHER = (-7, -2, 2, 7)
 def step_size(m: int) -> float:
     """Quantizer step of index `m`."""
     return 2.0 ** (m / OCTAVE)
+
+
+@lru_cache(maxsize=4096)
+def _ring(before: int, m: int) -> tuple[int, float]:
+    """Step index of the width of the cell that a pass at `m` cuts from the dead zone of one at `before`, and the width."""
+    ring = DEAD_ZONE * (step_size(before) - step_size(m))
+    return (round(OCTAVE * math.log2(ring)), ring) if ring > 0 else (0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +86,7 @@ class Ladder:
                         parts[d, p, f, b] = k
                         log_width[d, p + 1, f, b] = log_width[d, p, f, b] - PART_LOG[k]
                         width[d, p + 1, f, b] = width[d, p, f, b] / k
-                ring = DEAD_ZONE * (step_size(steps[p - 1]) - step_size(m))
-                log_width[:, p + 1, f, p] = round(OCTAVE * math.log2(ring))
-                width[:, p + 1, f, p] = ring
+                log_width[:, p + 1, f, p], width[:, p + 1, f, p] = _ring(steps[p - 1], m)
             log_width[:, p + 1, p, p] = m
             width[:, p + 1, p, p] = step_size(m)
         return cls(np.array(steps, dtype=np.int32), parts, log_width, width.astype(np.float32))
@@ -95,3 +101,40 @@ class Ladder:
         """Whether an encoder can have written these step indices."""
         falling = all(0 < a - b <= MAX_DROP for a, b in zip(steps, steps[1:], strict=False))
         return 1 <= len(steps) <= MAX_PASSES and falling and all(MIN_STEP <= m <= MAX_STEP for m in steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladders:
+    """The cells of many sequences of passes, for kernels that read them all. Of f, a cell depends on whether it is b.
+
+    Parameters
+    ----------
+    parts : int32 [K, D, P + 1, P, 2]
+        ``parts[k, d, p, b, int(f == b)]``; the rest as in `Ladder`. Where sequence k has no such cell there is no meaning.
+    log_width : int32 [K, D, P + 1, P, 2]
+    width : float32 [K, D, P + 1, P, 2]
+    """
+
+    parts: np.ndarray
+    log_width: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, steps_KP: np.ndarray) -> Ladders:
+        """The ladders of int32 step indices; shorter sequences repeat their last one."""
+        count, passes = steps_KP.shape
+        shape = (count, len(DITHER), passes + 1, passes, 2)
+        parts, log_width, width = np.ones(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32), np.zeros(shape)
+        late, steps = np.array(DITHER, dtype=np.int32)[:, None, None], steps_KP.tolist()
+        for p in range(passes):
+            if p:
+                before = log_width[:, :, p, :p]
+                k = np.searchsorted(PART_EDGES, before - steps_KP[:, p, None, None, None] - late, side="right") + 1
+                parts[:, :, p, :p] = k
+                log_width[:, :, p + 1, :p] = before - PART_LOG[k]
+                width[:, :, p + 1, :p] = width[:, :, p, :p] / k
+                rings = np.array([_ring(row[p - 1], row[p]) for row in steps])
+                log_width[:, :, p + 1, p, 0], width[:, :, p + 1, p, 0] = rings[:, :1], rings[:, 1:]
+            log_width[:, :, p + 1, p, 1] = steps_KP[:, p, None]
+            width[:, :, p + 1, p, 1] = [[step_size(row[p])] for row in steps]
+        return cls(parts, log_width, width.astype(np.float32))

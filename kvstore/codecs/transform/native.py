@@ -18,6 +18,7 @@ import torch
 from kvstore.layout import KVLayout
 
 from ..parallel import spread
+from .classes import put_back
 from .coder import BlockDecoder
 from .groups import Group
 from .payload import LayerPayload
@@ -95,9 +96,16 @@ def transform(
 
 def restore(
     layout: KVLayout, projection: Projection, payloads: Sequence[Sequence[LayerPayload]], exact: Sequence[bool],
-    positions: torch.Tensor, tokens_BT: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
+    positions: torch.Tensor, tokens_BT: torch.Tensor | None, order_BT: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
 ) -> Iterator[Group]:
     """Write the values of K and V [B, L, H, T, D], all but a block's exact first token; gives each group once it is written.
+
+    Parameters
+    ----------
+    positions, tokens_BT : int64 [B, T]
+        In the order of coding.
+    order_BT : int64 [B, T], optional
+        Where each block's tokens lie in it, in that order; as they come if not given.
 
     Raises
     ------
@@ -110,6 +118,9 @@ def restore(
         rows_NC = _group_rows(projection, i, group, decoders, known, length)
         cache, tiles = Cache(k, v, group, rotations.of(group)), rows_NC.numpy().reshape(blocks, length, -1)
         spread(lambda b, cache=cache, tiles=tiles: cache.put(b, tiles[b]), range(blocks))
+        if order_BT is not None:
+            put_back(k[:, group.first : group.last], order_BT)
+            put_back(v[:, group.first : group.last], order_BT)
         yield group
 
 

@@ -35,7 +35,10 @@ class LayerPayload:
     ----------
     steps : list of int
         Step index of each of its passes.
-    words : list (groups, and classes of each) of list (passes) of uint16 arrays
+    words : uint16 [all streams' words]
+        Group by group, class by class within a group, pass by pass within a class.
+    ends : int64 [streams + 1]
+        Where each stream begins in `words`, and where the last one ends.
     exact : bytes
         The first token's values, empty where there is none.
     bfloat16 : bool
@@ -43,27 +46,42 @@ class LayerPayload:
     """
 
     steps: list[int]
-    words: list[list[np.ndarray]]
+    words: np.ndarray
+    ends: np.ndarray
     exact: bytes = b""
     bfloat16: bool = False
     classes: TokenClasses | None = None
 
+    @classmethod
+    def of(cls, steps: list[int], words: Sequence[Sequence[np.ndarray]]) -> LayerPayload:
+        """From the streams of each group's classes, a list of passes each."""
+        streams = [stream for passes in words for stream in passes]
+        return cls(steps, np.concatenate(streams), np.cumsum([0, *(len(s) for s in streams)]))
+
+    @property
+    def runs(self) -> int:
+        """Classes of all groups: each has a stream a pass."""
+        return (len(self.ends) - 1) // len(self.steps)
+
+    def run(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Words of one class of one group, and the number of words of each of its passes."""
+        ends = self.ends[number * len(self.steps) : (number + 1) * len(self.steps) + 1]
+        return self.words[ends[0] : ends[-1]], np.diff(ends)
+
     def to_bytes(self) -> bytes:
         flags = (EXACT if self.exact else 0) | (BFLOAT16 if self.bfloat16 else 0) | (CLASSED if self.classes else 0)
-        streams = [stream for group in self.words for stream in group]
         head = struct.pack(f"<BB{len(self.steps)}h", flags, len(self.steps), *self.steps)
         classes = self.classes.to_bytes() if self.classes else b""
-        sizes = struct.pack(f"<{len(streams)}I", *(len(s) for s in streams))
-        return b"".join([head, classes, sizes, self.exact, *(s.astype("<u2").tobytes() for s in streams)])
+        return b"".join([head, classes, np.diff(self.ends).astype("<u4").tobytes(), self.exact, self.words.astype("<u2").tobytes()])
 
     @classmethod
-    def from_bytes(cls, data: memoryview, streams: int, exact_bytes: int = 0, tokens: int = 0) -> LayerPayload:
+    def from_bytes(cls, data: memoryview, runs: int, exact_bytes: int = 0, tokens: int = 0) -> LayerPayload:
         """Parse untrusted bytes; allocates no more than they hold.
 
         Parameters
         ----------
-        streams : int
-            A pass: the groups of the profile, times the classes in the base layer for any other layer.
+        runs : int
+            The groups of the profile, times the classes in the base layer for any other layer.
         exact_bytes : int
             Bytes of an exact first token here, 0 where there must be none.
         tokens : int
@@ -82,21 +100,16 @@ class LayerPayload:
         if flags & CLASSED:
             at += packed_bytes(tokens)
             classes = TokenClasses.from_bytes(bytes(data[at - packed_bytes(tokens) : at]), tokens)
-            streams *= len(classes.runs)
-        head = struct.Struct(f"<{streams * passes}I")
-        if len(data) < at + head.size + exact_bytes:
+            runs *= len(classes.runs)
+        begin = at + 4 * runs * passes + exact_bytes
+        if len(data) < begin:
             raise CorruptBlockError("a layer of precision is shorter than its head says")
-        steps, sizes = list(struct.unpack_from(f"<{passes}h", data, 2)), head.unpack_from(data, at)
-        at += head.size
-        if len(data) != at + exact_bytes + 2 * sum(sizes):
+        ends = np.zeros(runs * passes + 1, dtype=np.int64)
+        np.cumsum(np.frombuffer(data, "<u4", runs * passes, at), out=ends[1:])
+        if len(data) != begin + 2 * int(ends[-1]):
             raise CorruptBlockError("the streams of a layer of precision do not fill it")
-        ends = np.cumsum([0, *sizes])
-        words = np.frombuffer(data[at + exact_bytes :], dtype="<u2")
-        each = [words[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        return cls(
-            steps, [each[s * passes : (s + 1) * passes] for s in range(streams)],
-            bytes(data[at : at + exact_bytes]), bool(flags & BFLOAT16), classes,
-        )  # fmt: skip
+        words, exact = np.frombuffer(data[begin:], dtype="<u2"), bytes(data[begin - exact_bytes : begin])
+        return cls(list(struct.unpack_from(f"<{passes}h", data, 2)), words, ends, exact, bool(flags & BFLOAT16), classes)
 
 
 def _possible(flags: int, exact: bool, tokens: int) -> bool:
@@ -141,12 +154,17 @@ def joined(layers: Sequence[LayerPayload]) -> tuple[list[int], list[tuple[np.nda
     CorruptBlockError
         For steps that no encoder writes.
     """
+    steps, out = joined_steps(layers), []
+    for number in range(layers[0].runs):
+        words, sizes = zip(*(layer.run(number) for layer in layers), strict=True)
+        ends = np.cumsum(np.concatenate([[0], *sizes]))
+        out.append((np.concatenate(words).astype(np.uint16), ends.astype(np.int64)))
+    return steps, out
+
+
+def joined_steps(layers: Sequence[LayerPayload]) -> list[int]:
+    """The step indices of all layers together. Raises CorruptBlockError for some that no encoder writes."""
     steps = [m for layer in layers for m in layer.steps]
     if not Ladder.possible(steps):
         raise CorruptBlockError(f"the block's quantizer steps {steps} are impossible")
-    groups = []
-    for g in range(len(layers[0].words)):
-        streams = [stream for layer in layers for stream in layer.words[g]]
-        ends = np.cumsum([0, *(len(s) for s in streams)])
-        groups.append((np.concatenate(streams).astype(np.uint16), ends.astype(np.int64)))
-    return steps, groups
+    return steps

@@ -114,8 +114,8 @@ class Projection:
         return [view_of(d) for d in self.decoders]
 
     @cached_property
-    def coder(self) -> Any:
-        """What decodes streams on this device where that is not the CPU: `entropy.triton_rans.TritonCoder`.
+    def decoder(self) -> Any:
+        """What decodes on this device where that is not the CPU: `triton_decoder.TritonDecoder`.
 
         Raises
         ------
@@ -123,10 +123,10 @@ class Projection:
             Without Triton.
         """
         try:
-            from ..entropy.triton_rans import TritonCoder
+            from .triton_decoder import TritonDecoder
         except ImportError as error:
             raise ConfigError("decoding `transform` blocks on an accelerator needs Triton; install it (pip install triton)") from error
-        return TritonCoder(self.models.book, self.device)
+        return TritonDecoder(self)
 
     @cached_property
     def directions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
