@@ -49,6 +49,8 @@ class EngineConfig:
     prefill_rows : int
         Rows of every prefill step on a GPU, where it costs the same however many tiles are in it; rounded down to a power of two times
         `block_tokens`.
+    cuda_graphs : bool
+        Whether steps on a GPU are recorded once and replayed, where that is possible and gives the same bits.
     store_floor_s, store_ceiling_s : float
         Bounds of the time that a request may spend on the store; between them it is half of what recomputing would take.
     always_fetch : bool
@@ -75,6 +77,7 @@ class EngineConfig:
     prefill_tiles: int = 16
     busy_prefill_tiles: int = 2
     prefill_rows: int = 256
+    cuda_graphs: bool = True
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0
     always_fetch: bool = False

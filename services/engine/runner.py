@@ -136,11 +136,15 @@ class Runner:
         step = Step(tokens=tuple(tokens), native=native, masks=self._masks)
         return self._forward(ids, positions, list(range(len(rows))), len(rows), step)
 
+    def record(self, tokens: int) -> None:
+        """Record all forwards over caches of up to `tokens`, to be replayed from now on; see `Forwards.record`."""
+        shapes = self.shapes
+        prefill = shapes.prefill, self._heads(shapes.prefill // self.tile)
+        self.forwards.record(prefill, range(shapes.quantum, shapes.rows + 1, shapes.quantum), tokens)
+
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], heads: int, step: Step) -> torch.Tensor:
         """Logits of the rows in `wanted`; the output head computes at least `heads`."""
-        # It is a product like any other: its rows are padded to the same counts.
-        heads = max(heads, 1)
-        padded = wanted + [wanted[-1] if wanted else 0] * (heads + -heads % self.shapes.quantum - len(wanted))
+        padded = wanted + [wanted[-1] if wanted else 0] * (self._heads(heads) - len(wanted))
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 logits = self._logits(ids, positions, padded, step)[: len(wanted)].to(torch.float32, copy=True)
@@ -152,6 +156,10 @@ class Runner:
             kind, layers = type(self.model).__name__, self.layout.layers
             raise ConfigError(f"{kind} called attention {step.layers_seen} times for {layers} layers; the model cannot be served")
         return logits
+
+    def _heads(self, wanted: int) -> int:
+        """Rows of the output head. It is a product like any other: they are padded to the same counts."""
+        return -(-max(wanted, 1) // self.shapes.quantum) * self.shapes.quantum
 
     def _logits(self, ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
         if self.forwards is not None:

@@ -135,6 +135,10 @@ class TransformersEngine(Engine):
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
             warm_up(probe, loaded.vocab_size)
+        if config.cuda_graphs and runner.forwards is not None:
+            from .cuda.recording import use_recordings
+
+            use_recordings(runner, loaded.vocab_size, min(loaded.context_window, runner.pool.pages.total * size))
         return loaded, runner, digest, rate
 
     def _build_core(self, codec: Codec, prefixes: LivePrefixes) -> Core:

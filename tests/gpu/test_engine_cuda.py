@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 
 import pytest
 import torch
@@ -30,6 +32,58 @@ async def test_greedy_answers_are_the_same_token_for_token(family, dtype, tmp_pa
     assert [last.cache.cached_tokens for _, last in reversed(hits)] == [(n - 1) // 16 * 16 for n in LENGTHS]
     if dtype == "float32":
         assert want == [reference(path, p, 8) for p in prompts]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_replayed_steps_answer_as_launched_ones(family, dtype, tmp_path, caplog):
+    path, prompts = make_model(family, tmp_path), [prompt(n, seed=n) for n in LENGTHS]
+    answers = []
+    for graphs in (True, False):
+        with caplog.at_level(logging.WARNING, "services.engine.cuda"):
+            async with running(path, device="cuda", dtype=dtype, max_batch=3, cuda_graphs=graphs) as engine:
+                assert bool(engine._runner.forwards._recordings) is graphs, caplog.text
+                answers.append([await answer(engine, spec(p, 12)) for p in prompts])
+                answers.append(await asyncio.gather(*(answer(engine, spec(p, 12)) for p in prompts)))
+    tokens = [[tokens for tokens, _ in some] for some in answers]
+    assert tokens == [tokens[0]] * 4
+
+
+async def test_without_kernels_steps_are_padded_just_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.engine.cuda.can_attend", lambda pool: False)
+    path, prompts = make_model("mistral", tmp_path), [prompt(n, seed=n) for n in LENGTHS]
+    async with running(path, device="cuda", max_batch=4) as engine:
+        assert engine._runner.forwards is None and engine._runner.shapes.prefill > 16
+        found = await asyncio.gather(*(answer(engine, spec(p, 8)) for p in prompts))
+    assert [tokens for tokens, _ in found] == [reference(path, p, 8) for p in prompts]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+async def test_long_prompts_and_caches(family, tmp_path):
+    """More parts of keys than one, and tables of more than one size."""
+    path, store = make_model(family, tmp_path), MemoryStore()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    prompts = [prompt(n, seed=n) for n in (600, 1300, 4090, 70)]
+    async with running(path, store, device="cuda", codec="raw", block_tokens=64) as engine:
+        alone = [await answer(engine, spec(p, 16, cache_mode=CacheMode.BYPASS)) for p in prompts]
+        batch = await asyncio.gather(*(answer(engine, spec(p, 16)) for p in prompts))
+        await published(engine, store, sum(len(p) // 64 for p in prompts))
+        hits = await asyncio.gather(*(answer(engine, spec(p, 16)) for p in prompts))
+    want = [tokens for tokens, _ in alone]
+    assert [tokens for tokens, _ in batch] == want and [tokens for tokens, _ in hits] == want
+    assert all(last.cache.cached_tokens for _, last in hits)
+    assert want == [reference(path, p, 16) for p in prompts]
+
+
+async def test_who_gives_way_goes_on_as_if_nothing_had_happened(tmp_path):
+    path, prompts = make_model("qwen2", tmp_path), [prompt(30, seed=s) for s in range(3)]
+    async with running(path, device="cuda", dtype="bfloat16") as engine:
+        want = [(await answer(engine, spec(p, 30)))[0] for p in prompts]
+    async with running(path, device="cuda", dtype="bfloat16", max_live_tokens=96) as engine:
+        found = await asyncio.gather(*(answer(engine, spec(p, 30)) for p in prompts))
+        assert engine._runner.pool.pages.free == 6 and engine._runner.pool.pages.check()
+    assert [tokens for tokens, _ in found] == want
 
 
 @pytest.mark.parametrize("press", ["sliding_window", "h2o", "snapkv", "tova", "knorm"])

@@ -63,13 +63,12 @@ class Batch:
             k_HND, v_HND, k_cache, v_cache, self._frame.slots, k_cache.stride(0), k_HND.stride(0), k_HND.stride(1), v_HND.stride(0),
             v_HND.stride(1), **self._blocks, num_warps=1,
         )  # fmt: skip
-        out_NQD = torch.zeros((q_QND.shape[1], q_QND.shape[0], q_QND.shape[2]), dtype=q_QND.dtype, device=q_QND.device)
         attend = self._attend_tokens if self._frame.shape.tokens else self._attend_tiles
-        attend(q_QND, k_cache, v_cache, out_NQD, scale * math.log2(math.e), window or 0)
-        return out_NQD
+        return attend(q_QND, k_cache, v_cache, scale * math.log2(math.e), window or 0)
 
-    def _attend_tiles(self, q_QND, k_cache, v_cache, out_NQD, scale_log2, window) -> None:
+    def _attend_tiles(self, q_QND, k_cache, v_cache, scale_log2, window) -> torch.Tensor:
         frame, shape, heads = self._frame, self._frame.shape, k_cache.shape[0]
+        out_NQD = torch.zeros((q_QND.shape[1], q_QND.shape[0], q_QND.shape[2]), dtype=q_QND.dtype, device=q_QND.device)
         groups = q_QND.shape[0] // heads
         block_m = 64 if q_QND.shape[0] >= MANY_HEADS and self._keys["BLOCK_N"] == 64 else 32
         attend_tiles[(triton.cdiv(frame.page * groups, block_m), heads, shape.spans)](
@@ -77,9 +76,11 @@ class Batch:
             q_QND.stride(0), q_QND.stride(1), out_NQD.stride(0), scale_log2,
             GROUPS=groups, WINDOW=window, BLOCK_M=block_m, **self._blocks, **self._keys,
         )  # fmt: skip
+        return out_NQD
 
-    def _attend_tokens(self, q_QND, k_cache, v_cache, out_NQD, scale_log2, window) -> None:
+    def _attend_tokens(self, q_QND, k_cache, v_cache, scale_log2, window) -> torch.Tensor:
         frame, shape, heads = self._frame, self._frame.shape, k_cache.shape[0]
+        out_NQD = torch.empty((q_QND.shape[1], q_QND.shape[0], q_QND.shape[2]), dtype=q_QND.dtype, device=q_QND.device)
         count = triton.cdiv(shape.pages * frame.page, PART)
         if not self._parts:
             rows = (shape.spans, q_QND.shape[0], count)
@@ -88,11 +89,12 @@ class Batch:
             )
         groups = q_QND.shape[0] // heads
         attend_parts[(count, heads, shape.spans)](
-            q_QND, *self._parts, k_cache, v_cache, frame.begins, frame.counts, frame.starts, frame.tables, shape.pages,
-            k_cache.stride(0), q_QND.stride(0), q_QND.stride(1), scale_log2,
+            q_QND, *self._parts, k_cache, v_cache, frame.counts, frame.starts, frame.tables, shape.pages, k_cache.stride(0),
+            q_QND.stride(0), q_QND.stride(1), scale_log2,
             GROUPS=groups, WINDOW=window, BLOCK_M=max(16, triton.next_power_of_2(groups)), PART=PART, **self._blocks, **self._keys,
         )  # fmt: skip
         merge_parts[(q_QND.shape[0], shape.spans)](
-            *self._parts, out_NQD, frame.begins, frame.counts, frame.starts, count, out_NQD.stride(0),
+            *self._parts, out_NQD, frame.counts, frame.starts, count, out_NQD.stride(0),
             WINDOW=window, PART=PART, BLOCK_N=self._keys["BLOCK_N"], BLOCK_P=PARTS_AT_ONCE, **self._blocks, num_warps=2,
         )  # fmt: skip
+        return out_NQD

@@ -5,8 +5,8 @@ not in use), the place of the first in its cache, and its table of pages. A row'
 of keys come in the order of places, at multiples of their size, and keys that a row must not see add exactly nothing to it.
 
 Online softmax: Milakov and Gimelshein, https://arxiv.org/abs/1805.02867; over blocks of keys: FlashAttention,
-https://arxiv.org/abs/2205.14135; parts of the keys apart and merged: Flash-Decoding, https://pytorch.org/blog/flash-decoding; pages:
-PagedAttention, https://arxiv.org/abs/2309.06180.
+https://arxiv.org/abs/2205.14135; parts of the keys apart and merged: Flash-Decoding (Dao et al., 2023); pages: PagedAttention,
+https://arxiv.org/abs/2309.06180.
 
 Shape suffixes: N row of the flat batch, Q query head, H KV head, G query heads a KV head, D head dim, S slot (page · page size + place).
 """
@@ -110,11 +110,11 @@ def attend_tiles(
 
 @triton.jit
 def attend_parts(
-    query, parts, tops, totals, k_cache, v_cache, begins, counts, starts, tables, table_stride, head_stride, q_head, q_row, scale_log2,
+    query, parts, tops, totals, k_cache, v_cache, counts, starts, tables, table_stride, head_stride, q_head, q_row, scale_log2,
     GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The newest token of each request over its cache in parts of PART keys; program (part, h, item).
+    """The newest token of each request over its cache in parts of PART keys; program (part, h, item). Item n has row n.
 
     Writes parts [items, Q, parts, D], tops and totals [items, Q, parts], float32; those of parts without keys are left as they are.
     """
@@ -126,9 +126,8 @@ def attend_parts(
     begin = tl.maximum(_first_key(start, WINDOW, BLOCK_N), part * PART)
     stop = tl.where(count > 0, tl.minimum(start + 1, (part + 1) * PART), 0)
     live = (g < GROUPS) & (begin + 0 * g < stop)
-    row = tl.load(begins + item)
     wide = live[:, None] & (d < DIM)[None, :]
-    q = tl.load(query + (q_of_head * q_head + row * q_row)[:, None] + d[None, :], mask=wide, other=0.0)
+    q = tl.load(query + (q_of_head * q_head + item * q_row)[:, None] + d[None, :], mask=wide, other=0.0)
     top, total, acc = _walk(
         q, start + g * 0, begin, stop, k_cache + head * head_stride, v_cache + head * head_stride, tables + item * table_stride, scale_log2,
         DIM, PAGE, WINDOW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -141,10 +140,13 @@ def attend_parts(
 
 @triton.jit
 def merge_parts(
-    parts, tops, totals, out, begins, counts, starts, part_count, out_row,
+    parts, tops, totals, out, counts, starts, part_count, out_row,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """What `attend_parts` left, to out [N, Q, D]; program (q, item). Parts come in order, BLOCK_P at a time."""
+    """What `attend_parts` left, to out [N, Q, D]; program (q, item). Parts come in order, BLOCK_P at a time.
+
+    Item n has row n, and 0 is written for one that is not in use.
+    """
     head, item = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     count, start = tl.load(counts + item).to(tl.int32), tl.load(starts + item).to(tl.int32)
     d = tl.arange(0, BLOCK_D)
@@ -165,5 +167,4 @@ def merge_parts(
         part = tl.load(parts + (base + p)[:, None] * DIM + d[None, :], mask=wide, other=0.0)
         acc = acc * shrunk + tl.sum(part * weights[:, None], 0)
         top = higher
-    row = tl.load(begins + item)
-    tl.store(out + row * out_row + head * DIM + d, acc / tl.where(total == 0.0, 1.0, total), mask=(d < DIM) & (count + 0 * d > 0))
+    tl.store(out + item * out_row + head * DIM + d, acc / tl.where(total == 0.0, 1.0, total), mask=d < DIM)
