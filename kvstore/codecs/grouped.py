@@ -11,8 +11,9 @@ P = ceil(D·bits/8) holds channels p, p + P, … from its low bits up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from .memory import bytes_of, rows_of, tensor_from_buffer, wide
 from .parallel import spread
 from .scales import divided, round_down, round_up
 
+Fit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 #: Of offsets and scales, whatever the cache's dtype: a rotated value may lie outside float16.
 _FIT_DTYPE = torch.bfloat16
 
@@ -45,17 +47,17 @@ class GroupedCodec(BatchedCodec):
     def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]:
         coded = []
         for k_LHTD, v_LHTD, start in zip(k_BLHTD, v_BLHTD, starts, strict=True):
-            parts, decoded = self._parts(k_LHTD, v_LHTD, _exact_tokens(start))
+            parts, decoded = self._parts(k_LHTD, v_LHTD, _exact_tokens(start), self._fit)
             errors = relative_error(torch.stack((k_LHTD, v_LHTD)), torch.stack(decoded))
             coded.append(Coded((bytes_of(*parts),), (Distortion(*errors),)))
         return coded
 
     def _parts(
-        self, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor, exact: int
+        self, k_LHTD: torch.Tensor, v_LHTD: torch.Tensor, exact: int, fit: Fit
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
         """The payload's parts [L, …] in its order, and K and V as they decode. L may count the layers of several blocks."""
-        k_fit, k_codes = self._fit(self._by_channel(k_LHTD[:, :, exact:].float()))
-        v_fit, v_codes = self._fit(self._by_token(self._rotated(v_LHTD[:, :, exact:].float())))
+        k_fit, k_codes = fit(self._by_channel(k_LHTD[:, :, exact:]))
+        v_fit, v_codes = fit(self._by_token(self._rotated(v_LHTD[:, :, exact:])))
         tokens = k_LHTD.shape[2]
         k_codes = k_codes.transpose(-1, -2).flatten(2, 3)[:, :, : tokens - exact]
         v_codes = v_codes.flatten(-2)
@@ -66,7 +68,7 @@ class GroupedCodec(BatchedCodec):
         return (k_LHTD[:, :, :exact], v_LHTD[:, :, :exact], k_fit, v_fit, pack(k_codes, self.bits), pack(v_codes, self.bits)), (k, v)
 
     def _encode_pass(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, decoded = self._parts(k_BLHTD.flatten(0, 1), v_BLHTD.flatten(0, 1), _exact_tokens(start))
+        parts, decoded = self._parts(k_BLHTD.flatten(0, 1), v_BLHTD.flatten(0, 1), _exact_tokens(start), self._fit_on(k_BLHTD.device))
         pairs = zip((k_BLHTD, v_BLHTD), decoded, strict=True)
         return rows_of(*parts).view(len(k_BLHTD), -1), torch.stack([squares(x, y.view(x.shape)) for x, y in pairs], 1)
 
@@ -130,7 +132,7 @@ class GroupedCodec(BatchedCodec):
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """`x` through the symmetric orthogonal matrix of `rotate_values`, which undoes itself."""
-        return x @ hadamard(x.shape[-1]).to(x.device) if self.rotate_values else x
+        return x.float() @ hadamard_on(x.device, x.shape[-1]) if self.rotate_values else x
 
     def _by_channel(self, x_LHTD: torch.Tensor) -> torch.Tensor:
         """K as groups of tokens [L, H, N, D, group]; a last short group is filled up with its last token."""
@@ -142,9 +144,17 @@ class GroupedCodec(BatchedCodec):
         """V as groups of channels [L, H, T, G, D/G]."""
         return x_LHTD.unflatten(-1, (self._channel_groups, -1))
 
+    def _fit_on(self, device: torch.device) -> Fit:
+        """`_fit`, on CUDA in one kernel."""
+        if device.type != "cuda" or find_spec("triton") is None:
+            return self._fit
+        from .triton_fit import fit
+
+        return lambda x: fit(x, self.bits, self.refits) if x.numel() else self._fit(x)
+
     def _fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Offset and scale [L, 2, …] and uint8 codes like `x`, for float32 groups in the last dimension of `x` [L, …, n]."""
-        top, dtype = 2**self.bits - 1, _FIT_DTYPE
+        """Offset and scale [L, 2, …] and uint8 codes like `x`, for groups in the last dimension of `x` [L, …, n], fitted in float32."""
+        x, top, dtype = x.float(), 2**self.bits - 1, _FIT_DTYPE
         if not x.numel():
             return torch.zeros(x.shape[0], 2, *x.shape[1:-1], dtype=dtype, device=x.device), x.to(torch.uint8)
         offset = round_down(x.amin(-1, keepdim=True), dtype)
@@ -217,6 +227,12 @@ def hadamard(channels: int) -> torch.Tensor:
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return torch.block_diag(*[matrix / size**0.5] * (channels // size))
+
+
+@cache
+def hadamard_on(device: torch.device, channels: int) -> torch.Tensor:
+    """`hadamard` on `device`, where it stays: a copy of it would wait for the device each time."""
+    return hadamard(channels).to(device)
 
 
 def packed_bytes(channels: int, bits: int) -> int:
