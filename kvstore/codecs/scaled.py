@@ -91,8 +91,8 @@ class ScaledByteCodec(BatchedCodec):
         both_BLKHTD = torch.stack((k_BLHTD, v_BLHTD), 2)
         scale, codes, decoded = self._quantize(both_BLKHTD)
         sums = [squares(x, y) for x, y in zip(both_BLKHTD.unbind(2), decoded.flatten(-2).unbind(2), strict=True)]
-        payloads = torch.cat([x.flatten(2).view(torch.uint8) for x in (scale, codes)], 2)
-        return payloads.flatten(1), torch.stack(sums, 1)
+        payloads = torch.cat([x.flatten(2).view(torch.int16) for x in (scale, codes)], 2)  # half as many elements as bytes
+        return payloads.flatten(1).view(torch.uint8), torch.stack(sums, 1)
 
     def _decode_pass(self, payloads: torch.Tensor, start: int, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> torch.Tensor:
         lay, (blocks, layers, heads, tokens, dim) = self.layout, k_BLHTD.shape

@@ -58,7 +58,7 @@ def _least_squares(x, codes, real, n):
     return x_mean - scale * code_mean, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_groups"])  # it differs for the first block, which would wait for a compiler
 def _fit_kernel(
     values, fits, codes_out, groups, layer_groups, inner, n,
     LENGTH: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr, REFITS: tl.constexpr,
