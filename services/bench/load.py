@@ -119,11 +119,13 @@ def _retry_delays(error: grpc.RpcError) -> list[float]:
     return [info.retry_delay.ToTimedelta().total_seconds() for part in status_pb2.Status.FromString(raw).details if part.Unpack(info)]
 
 
-def run_load(model: Path, minutes: float) -> Result:
+def run_load(model: Path, minutes: float, device: str) -> Result:
     """The whole test; see the module."""
-    with system(model, workers=1, arena_bytes=ARENA_BYTES) as running:
+    with system(model, workers=1, arena_bytes=ARENA_BYTES, device=device) as running:
         load, capacity = asyncio.run(_drive(running, 60 * minutes))
-    return _result(load, capacity, model.name, minutes)
+    result = _result(load, capacity, model.name, minutes)
+    result.configuration["device"] = device
+    return result
 
 
 async def _drive(running: SystemRecord, seconds: float) -> tuple[Load, float]:

@@ -11,21 +11,22 @@ from transformers import AutoModelForCausalLM
 
 
 class Plain:
-    """The model at `path` in `dtype`, with the attention that `transformers` picks by itself."""
+    """The model at `path` in `dtype` on `device`, with the attention that `transformers` picks by itself."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    def __init__(self, path: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+        self._model, self._device = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), device
         self.attention = self._model.config._attn_implementation
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> float:
         """Seconds for `new` greedy tokens after each prompt, all prompts of one length in one batch."""
-        ids = torch.tensor([list(p) for p in prompts])
         began = time.perf_counter()
-        self._model.generate(
+        ids = torch.tensor([list(p) for p in prompts], device=self._device)
+        out = self._model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
             eos_token_id=None,
         )  # fmt: skip
+        out.cpu()  # a GPU has answered once its tokens are here
         return time.perf_counter() - began
 
     def prefill(self, prompt: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ import torch
 from services.plot import line_plot
 
 from .base import Result, log
-from .workload import Answer, ask, ask_together, percentile, system, text_prompts
+from .workload import Answer, add_device, ask, ask_together, percentile, system, text_prompts
 
 BATCHES = (1, 4, 8, 16)
 PROMPT_TOKENS = 64
@@ -31,6 +31,7 @@ _ARENA_BYTES = 64 << 20
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
+    add_device(parser)
     parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens of each answer (48; 24 with --quick)")
     parser.add_argument("--rounds", type=int, help="counted rounds (5; 2 with --quick)")
     parser.add_argument("--calls", type=int, help="calls of each protocol, for their cost (60; 20 with --quick)")
@@ -45,28 +46,31 @@ def run(args: argparse.Namespace) -> Result:
     if args.load:
         from .load import run_load
 
-        return run_load(model, args.load)
+        return run_load(model, args.load, args.device)
     new = args.new_tokens or (24 if args.quick else 48)
     rounds, calls = args.rounds or (2 if args.quick else 5), args.calls or (20 if args.quick else 60)
     batches = BATCHES[::2] if args.quick else BATCHES
-    result = Result("serving", {"model": model.name, "prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "rounds": rounds, "calls": calls})
-    asyncio.run(_in_process(result, model, batches, new, rounds, 1024 if args.quick else LONG_PROMPT, calls))
+    configuration = {"model": model.name, "device": args.device, "prompt_tokens": PROMPT_TOKENS, "new_tokens": new, "rounds": rounds}
+    result = Result("serving", configuration | {"calls": calls})
+    asyncio.run(_in_process(result, model, batches, new, rounds, 1024 if args.quick else LONG_PROMPT, calls, args.device))
     _vllm(result, model, args.vllm_python, batches, new)
-    with system(model, workers=1, arena_bytes=_ARENA_BYTES, nodes=1) as running:
+    with system(model, workers=1, arena_bytes=_ARENA_BYTES, nodes=1, device=args.device) as running:
         _network(result, running, calls)
     return result
 
 
-async def _in_process(result: Result, model: Any, batches: tuple[int, ...], new: int, rounds: int, long: int, calls: int) -> None:
+async def _in_process(
+    result: Result, model: Any, batches: tuple[int, ...], new: int, rounds: int, long: int, calls: int, device: str = "cpu"
+) -> None:
     """Engine and plain model in turns; samples are seconds, and tokens a second where they say so."""
     from services.bench.plain import Plain
     from services.engine.config import EngineConfig
     from services.engine.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine(EngineConfig(str(model)))
+    engine = TransformersEngine(EngineConfig(str(model), device=device))
     await engine.start()
     try:
-        plain = Plain(model, engine.info.layout.dtype)
+        plain = Plain(model, engine.info.layout.dtype, device)
         result.configuration |= {
             "dtype": str(engine.info.layout.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "long_prompt_tokens": long,
             "plain": f"transformers generate, {plain.attention} attention, equal prompt lengths in one batch", "max_batch": 8,

@@ -24,7 +24,7 @@ from services.plot import line_plot
 from services.profiles.obtain import find
 
 from .base import Result, log
-from .workload import Answer, ask, ask_together, percentile, summary_ms, system, text_prompts
+from .workload import Answer, add_device, ask, ask_together, percentile, summary_ms, system, text_prompts
 
 LENGTHS, QUICK_LENGTHS = (256, 512, 1024, 2048, 4096, 6000), (256, 1024, 2048)
 #: Of the requests that come at once.
@@ -43,6 +43,7 @@ SETTLE_S, SETTLE_STEP_S = 30.0, 0.2
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
+    add_device(parser)
     parser.add_argument("--profile", metavar="FILE", help="profile for transform (default: the one on this machine)")
     parser.add_argument("--codec", nargs="+", choices=names(), help="these beside int8 (default: all; transform with --quick)")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="prompt lengths")
@@ -77,12 +78,13 @@ def run(args: argparse.Namespace) -> Result:
         log(f"bench: no profile of {model.name} here, so without {', '.join(without)}; make one with `concertina calibrate`")
     chosen = [MAIN, *(c for c in chosen if c not in (MAIN, *without))]
     configuration = {
-        "model": model.name, "lengths_tokens": lengths, "rounds": rounds, "codecs": chosen, "transform_ratio": TRANSFORM_RATIO,
+        "model": model.name, "device": args.device, "lengths_tokens": lengths, "rounds": rounds, "codecs": chosen,
+        "transform_ratio": TRANSFORM_RATIO,
         "profile": profile.digest.hex()[:16] if profile else None, "nodes": 2, "arena_bytes": ARENA_BYTES, "paths": PATHS,
         "mixed_tokens": QUICK_MIXED if args.quick else MIXED, "intruders_tokens": QUICK_INTRUDERS if args.quick else INTRUDERS,
     }  # fmt: skip
     result = Result("ttft", configuration)
-    with system(None, workers=0, arena_bytes=ARENA_BYTES) as store:
+    with system(None, workers=0, arena_bytes=ARENA_BYTES, device=args.device) as store:
         asyncio.run(_measure(result, model, store.redis, profile))
     return result
 
@@ -93,7 +95,7 @@ async def _measure(result: Result, model: Path, redis: str, profile: Profile | N
         contestants = []
         for codec in asked["codecs"]:
             for path in PATHS if codec == MAIN else ["local"]:
-                contestants.append(await stack.enter_async_context(_engine(model, redis, codec, path, profile)))
+                contestants.append(await stack.enter_async_context(_engine(model, redis, codec, path, profile, asked["device"])))
         main = contestants[0]
         result.configuration["dtype"] = str(main.engine.info.layout.dtype).removeprefix("torch.")
         (prompt,) = text_prompts(main.engine, [asked["lengths_tokens"][-1] + 1])
@@ -112,11 +114,13 @@ async def _measure(result: Result, model: Path, redis: str, profile: Profile | N
 
 
 @contextlib.asynccontextmanager
-async def _engine(model: Path, redis: str, codec: str, path: str, profile: Profile | None) -> AsyncIterator[Contestant]:
+async def _engine(
+    model: Path, redis: str, codec: str, path: str, profile: Profile | None, device: str
+) -> AsyncIterator[Contestant]:  # fmt: skip
     needs = codec_class(codec).uses_profile
     config = EngineConfig(
-        str(model), codec=codec, profile=profile if needs else None, codec_options={"ratio": TRANSFORM_RATIO} if needs else {},
-        always_fetch=True,
+        str(model), device=device, codec=codec, profile=profile if needs else None,
+        codec_options={"ratio": TRANSFORM_RATIO} if needs else {}, always_fetch=True,
     )  # fmt: skip
     engine = TransformersEngine(config, ClientConfig(redis_url=redis, paths=PATHS[path]))
     log(f"bench: engine for {codec} over {path}")

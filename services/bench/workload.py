@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import math
@@ -80,11 +81,18 @@ def text_prompts(engine: Engine, lengths: Sequence[int], skip: int = 0) -> list[
     return prompts
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, as `system` takes it."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for models and arenas (%(default)s)")
+
+
 @contextlib.contextmanager
-def system(model: Path | None, *, workers: int, arena_bytes: int, codec: str = "int8", nodes: int = 2) -> Iterator[SystemRecord]:
-    """Redis, store nodes and workers of their own, for the length of a ``with`` block."""
+def system(
+    model: Path | None, *, workers: int, arena_bytes: int, codec: str = "int8", nodes: int = 2, device: str = "cpu"
+) -> Iterator[SystemRecord]:
+    """Redis, store nodes and workers of their own, for the length of a ``with`` block; arenas and models are on `device`."""
     name = f"bench-{os.getpid()}"
-    plan = Plan(name, model, nodes=nodes, workers=workers, arena_bytes=arena_bytes, codec=codec)
+    plan = Plan(name, model, nodes=nodes, workers=workers, arena_bytes=arena_bytes, codec=codec, device=device)
     try:
         with session.interruptible(), session.fresh_system(name) as made:
             launch.launch(plan, made, log)

@@ -82,6 +82,11 @@ class LivePool:
         except CapacityError:
             self.pages.share(pages)
             return list(pages)
+        if self.device.type == "cuda":  # where a launch a page costs more than memory between
+            here, there = torch.tensor([list(pages), copies], device=self.device)
+            for x_LHPTD in (self.k_LHPTD, self.v_LHPTD):
+                x_LHPTD.index_copy_(2, there, x_LHPTD.index_select(2, here))
+            return copies
         for x_LHPTD in (self.k_LHPTD, self.v_LHPTD):
             for page, copy in zip(pages, copies, strict=True):
                 x_LHPTD[:, :, copy] = x_LHPTD[:, :, page]

@@ -46,17 +46,19 @@ class StoreReader:
     block_tokens : int
     workers : Executor
         Where decoding runs.
+    replays : bool
+        Whether the model's steps are replayed whole, which takes less time than to launch one layer by layer beside decoding.
     on_unknown : callable
         Told the codec's number and the profile's digest of a block that cannot be read for want of its profile.
     """
 
     def __init__(
         self, client: KvClient, codec: Codec, block_tokens: int, workers: Executor, rates: Rates, metrics: Metrics,
-        clock: Clock, on_unknown: Callable[[int, bytes], None] = lambda number, profile: None,
+        clock: Clock, replays: bool = False, on_unknown: Callable[[int, bytes], None] = lambda number, profile: None,
     ) -> None:  # fmt: skip
         self._client, self._layout, self._block_tokens = client, codec.layout, block_tokens
         self._workers, self._rates, self._metrics, self._clock = workers, rates, metrics, clock
-        self._on_unknown = on_unknown
+        self._replays, self._on_unknown = replays, on_unknown
         #: By what a block's header names: the codec's number and the profile's digest. Without a profile: None if it cannot be had.
         self._codecs: dict[tuple[int, bytes], Codec | None] = {}
         self.learn(codec)
@@ -135,7 +137,8 @@ class StoreReader:
     async def _decode(self, spec: GenerateSpec, prefix: Prefix, arrived: Arrived, until: float) -> None:
         """Decode blocks as they come until one cannot be read or the time is over; what is in place counts.
 
-        Of the last of them the lower layers are enough, where the codec is `layerwise` and the model `computes_beside` it.
+        Of the last of them the lower layers are enough, where the codec is `layerwise` and the model `computes_beside` it, in steps that
+        are not replayed.
         """
         size = self._block_tokens
         while self._clock.now() < until and (block := await arrived.next()):
@@ -146,7 +149,7 @@ class StoreReader:
             ends = codec.layerwise and arrived.ends_within(LAST_BLOCKS)
             batch = arrived.take_like(block, LAST_BLOCKS if ends else DECODE_BLOCKS)
             ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
-            by_layers = ends and arrived.ends_within(0) and computes_beside(prefix.kv.device)
+            by_layers = ends and arrived.ends_within(0) and not self._replays and computes_beside(prefix.kv.device)
             await self._decode_batch(prefix.kv, first, batch, codec, ids, by_layers)
             self._account(prefix, batch)
 

@@ -136,6 +136,11 @@ class Runner:
         step = Step(tokens=tuple(tokens), native=native, masks=self._masks)
         return self._forward(ids, positions, list(range(len(rows))), len(rows), step)
 
+    @property
+    def replays(self) -> bool:
+        """Whether forwards are recorded."""
+        return self.forwards is not None and self.forwards.recorded
+
     def record(self, tokens: int) -> None:
         """Record all forwards over caches of up to `tokens`, to be replayed from now on; see `Forwards.record`."""
         shapes = self.shapes

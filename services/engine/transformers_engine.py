@@ -101,8 +101,9 @@ class TransformersEngine(Engine):
             self._client = self._store if not isinstance(self._store, ClientConfig) else KvClient(self._store, self.metrics, self._clock)
             await self._client.start()
             self._reader = StoreReader(
-                self._client, codec, config.block_tokens, self._workers, self._rates, self.metrics, self._clock, self._unknown
-            )
+                self._client, codec, config.block_tokens, self._workers, self._rates, self.metrics, self._clock, self._runner.replays,
+                self._unknown,
+            )  # fmt: skip
         prefixes = LivePrefixes(self._runner.pool.pages)
         names = BlockNames(layout, digest, config.block_tokens)
         self._seating = Seating(self._runner.pool, prefixes, names, self._reader, config.max_batch + FETCH_AHEAD)

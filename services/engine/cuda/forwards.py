@@ -81,6 +81,10 @@ class Forwards:
             frame.clear()
             self._recordings[shape] = recorder.record(partial(self._launch_anew, frame, batch))
 
+    @property
+    def recorded(self) -> bool:
+        return bool(self._recordings)
+
     def forget(self) -> None:
         """Launch all forwards from now on."""
         self._recordings.clear()
