@@ -24,8 +24,9 @@ from .job import Prefix
 from .live import Layers, LiveKV
 from .rates import Rates
 
-#: Blocks decoded in one call: large enough to keep the cores busy, small enough to stop at a deadline.
-DECODE_BLOCKS = 8
+#: Blocks decoded in one call, by kind of device: large enough to keep the cores busy, or to share the launches and the wait of a call,
+#: small enough to stop at a deadline.
+DECODE_BLOCKS = {"cpu": 8, "cuda": 32}
 #: Blocks of the last call, whose lower layers are computed with while the upper ones are decoded.
 LAST_BLOCKS = 32
 #: Codecs with a profile that are held at once; a profile takes some hundred MiB once it is in use.
@@ -147,7 +148,7 @@ class StoreReader:
             if codec is None:
                 return
             ends = codec.layerwise and arrived.ends_within(LAST_BLOCKS)
-            batch = arrived.take_like(block, LAST_BLOCKS if ends else DECODE_BLOCKS)
+            batch = arrived.take_like(block, LAST_BLOCKS if ends else DECODE_BLOCKS[prefix.kv.device.type])
             ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
             by_layers = ends and arrived.ends_within(0) and not self._replays and computes_beside(prefix.kv.device)
             await self._decode_batch(prefix.kv, first, batch, codec, ids, by_layers)
