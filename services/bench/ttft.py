@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kvstore.client import ClientConfig, KvClient
 from kvstore.codecs import Profile, codec_class, names
+from kvstore.settings import parse_size
 from services.engine.base import CacheMode
 from services.engine.config import EngineConfig
 from services.engine.transformers_engine import TransformersEngine
@@ -37,13 +38,14 @@ TRANSFORM_RATIO = 16.0
 MAIN = "int8"
 #: Name of a path -> `ClientConfig.paths`; gRPC is what is left where no other way is allowed.
 PATHS = {"local": "local", "grpc": ""}
-ARENA_BYTES = 384 << 20
+ARENA = "384MiB"
 SETTLE_S, SETTLE_STEP_S = 30.0, 0.2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR", help="directory or hub name of a causal LM (default: the default model)")
     add_device(parser)
+    parser.add_argument("--arena", metavar="SIZE", help="of each of the two nodes (384MiB; larger models want more)")
     parser.add_argument("--profile", metavar="FILE", help="profile for transform (default: the one on this machine)")
     parser.add_argument("--codec", nargs="+", choices=names(), help="these beside int8 (default: all; transform with --quick)")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="prompt lengths")
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> Result:
     model = resolve_model(args.model)
     lengths = sorted(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS))
     rounds = args.rounds or (3 if args.quick else 5)
-    profile = find(model, args.profile)
+    profile, arena_bytes = find(model, args.profile), parse_size(args.arena or ARENA)
     chosen = args.codec or ([MAIN, "transform"] if args.quick else names())
     without = [] if profile else [c for c in chosen if codec_class(c).uses_profile]
     if without:
@@ -79,12 +81,12 @@ def run(args: argparse.Namespace) -> Result:
     chosen = [MAIN, *(c for c in chosen if c not in (MAIN, *without))]
     configuration = {
         "model": model.name, "device": args.device, "lengths_tokens": lengths, "rounds": rounds, "codecs": chosen,
-        "transform_ratio": TRANSFORM_RATIO,
-        "profile": profile.digest.hex()[:16] if profile else None, "nodes": 2, "arena_bytes": ARENA_BYTES, "paths": PATHS,
+        "transform_ratio": TRANSFORM_RATIO, "profile": profile.digest.hex()[:16] if profile else None,
+        "nodes": 2, "arena_bytes": arena_bytes, "paths": PATHS,
         "mixed_tokens": QUICK_MIXED if args.quick else MIXED, "intruders_tokens": QUICK_INTRUDERS if args.quick else INTRUDERS,
     }  # fmt: skip
     result = Result("ttft", configuration)
-    with system(None, workers=0, arena_bytes=ARENA_BYTES, device=args.device) as store:
+    with system(None, workers=0, arena_bytes=arena_bytes, device=args.device) as store:
         asyncio.run(_measure(result, model, store.redis, profile))
     return result
 

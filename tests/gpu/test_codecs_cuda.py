@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from kvstore.block import EncodedBlock
-from kvstore.codecs import names
+from kvstore.codecs import create, names
 from kvstore.codecs.base import relative_error
+from kvstore.codecs.transform.classes import TokenClasses
+from kvstore.codecs.transform.codec import TransformCodec
+from kvstore.codecs.transform.projection import Projection
 from kvstore.errors import CorruptBlockError
 from kvstore.layout import KVLayout
-from tests.codec_support import LAYOUTS, make_codec, make_tensors
+from tests.codec_support import LAYOUTS, make_codec, make_tensors, tiny_profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 every_codec = pytest.mark.parametrize("name", names())
@@ -47,6 +51,23 @@ def test_blocks_decode_into_a_live_cache_on_the_device(name):
     codec.decode(blocks, tokens=ids, out=views)
     for cache, want in zip(caches, codec.decode(blocks, tokens=ids, device="cuda"), strict=True):
         assert torch.equal(cache[:, :, 1:49], torch.cat(list(want), 2)) and (cache[:, :, [0, 49]] == 7.0).all()
+
+
+@pytest.mark.parametrize("ratios", [(16.0,), (32.0, 8.0, 4.0), (64.0, 1.5)], ids=str)
+def test_transform_reads_mixed_classes_and_fidelities_there_as_here(ratios, monkeypatch):
+    layout = LAYOUTS["a rope a layer"]
+    codec, (starts, keys, values, ids) = create("transform", layout, tiny_profile(layout), ratio=ratios[-1], layers=ratios), batch(layout)
+
+    def classes(self, projection, k, v, starts):
+        return [TokenClasses((6 + np.arange(24 - (start == 0)) // 5 % 3).astype(np.uint8)) for start in starts]
+
+    monkeypatch.setattr(TransformCodec, "_classes", classes)
+    monkeypatch.setattr(Projection.of(codec.profile, layout), "harm", torch.zeros(1))
+    blocks = codec.encode(keys, values, start=starts, tokens=ids)
+    for used in (blocks, [blocks[0], *(b.truncate(1) for b in blocks[1:])]):
+        on_cpu, on_gpu = codec.decode(used, tokens=ids), codec.decode(used, tokens=ids, device="cuda")
+        for a, b in zip(on_cpu, on_gpu, strict=True):
+            assert relative_error(a[None].float(), b.cpu()[None].float())[0] < 1e-4
 
 
 def test_damaged_streams_are_refused_on_the_device():

@@ -16,7 +16,7 @@ from kvstore.block import EncodedBlock
 from kvstore.codecs import create
 from kvstore.codecs.entropy import rans
 from kvstore.codecs.transform import device, kernels, native
-from kvstore.codecs.transform.ladder import DITHER, MAX_DROP, MAX_PASSES, Ladder, Ladders
+from kvstore.codecs.transform.ladder import DITHER, MAX_DROP, MAX_PASSES, Ladder, Ladders, step_sizes
 from kvstore.codecs.transform.models import LAW
 from kvstore.codecs.transform.projection import Projection
 from kvstore.codecs.transform.streams import Streams
@@ -127,7 +127,8 @@ def test_many_ladders_at_once_are_the_single_ones():
         passes = int(rng.integers(1, MAX_PASSES + 1))
         rows.append((200 - np.cumsum(rng.integers(1, MAX_DROP + 1, passes))).tolist())
     longest = max(len(row) for row in rows)
-    made = Ladders.of(np.array([row + row[-1:] * (longest - len(row)) for row in rows], dtype=np.int32))
+    steps = np.array([row + row[-1:] * (longest - len(row)) for row in rows], dtype=np.int32)
+    made = Ladders.of(steps, step_sizes(steps))
     for i, row in enumerate(rows):
         one = Ladder.of(row)
         for p in range(len(row) + 1):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -50,21 +51,28 @@ class Places:
 
     @classmethod
     def of(cls, layout: KVLayout, positions_BT: torch.Tensor, order_BT: torch.Tensor | None, device: torch.device) -> Places:
-        specs: dict[RopeSpec, int] = {}
-        before, ropes = 0, []
-        for layer in range(layout.layers):
-            spec = layout.rope.for_layer(layer)
-            pairs = spec.rotary_dim // 2
-            if spec not in specs:
-                specs[spec], before = before, before + pairs
-            ropes.append((specs[spec], pairs, spec.interleaved))
+        specs, ropes = _rotations(layout)
         blocks, length = positions_BT.shape
         target = np.tile(np.arange(length), blocks) if order_BT is None else order_BT.reshape(-1).numpy()
-        arrays = {"target": target.astype(np.int32), "ropes": np.array(ropes, dtype=np.int32), "positions": positions_BT.numpy()}
+        arrays = {"target": target.astype(np.int32), "ropes": ropes, "positions": positions_BT.numpy()}
         there = upload({name: [a] for name, a in arrays.items()}, device)
         tables = [spec.tables(there["positions"]) for spec in specs]
         cos, sin = (torch.cat([table.reshape(-1) for table in column]) for column in zip(*tables, strict=True))
         return cls(there["target"], cos, sin, there["ropes"])
+
+
+@lru_cache(maxsize=8)
+def _rotations(layout: KVLayout) -> tuple[list[RopeSpec], np.ndarray]:
+    """The different rotations of a model, and `Places.ropes`."""
+    specs: dict[RopeSpec, int] = {}
+    before, ropes = 0, []
+    for layer in range(layout.layers):
+        spec = layout.rope.for_layer(layer)
+        pairs = spec.rotary_dim // 2
+        if spec not in specs:
+            specs[spec], before = before, before + pairs
+        ropes.append((specs[spec], pairs, spec.interleaved))
+    return list(specs), np.array(ropes, dtype=np.int32)
 
 
 class Decoded(Protocol):

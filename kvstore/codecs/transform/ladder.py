@@ -40,6 +40,12 @@ def step_size(m: int) -> float:
     return 2.0 ** (m / OCTAVE)
 
 
+def step_sizes(steps: np.ndarray) -> np.ndarray:
+    """`step_size` of many indices, to the last bit: float64."""
+    found, places = np.unique(steps, return_inverse=True)
+    return np.array([step_size(m) for m in found.tolist()])[places].reshape(steps.shape)
+
+
 @lru_cache(maxsize=4096)
 def _ring(before: int, m: int) -> tuple[int, float]:
     """Step index of the width of the cell that a pass at `m` cuts from the dead zone of one at `before`, and the width."""
@@ -120,8 +126,8 @@ class Ladders:
     width: np.ndarray
 
     @classmethod
-    def of(cls, steps_KP: np.ndarray) -> Ladders:
-        """The ladders of int32 step indices; shorter sequences repeat their last one."""
+    def of(cls, steps_KP: np.ndarray, sizes_KP: np.ndarray) -> Ladders:
+        """The ladders of int32 step indices and their `step_sizes`; shorter sequences repeat their last one."""
         count, passes = steps_KP.shape
         shape = (count, len(DITHER), passes + 1, passes, 2)
         parts, log_width, width = np.ones(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32), np.zeros(shape)
@@ -136,5 +142,5 @@ class Ladders:
                 rings = np.array([_ring(row[p - 1], row[p]) for row in steps])
                 log_width[:, :, p + 1, p, 0], width[:, :, p + 1, p, 0] = rings[:, :1], rings[:, 1:]
             log_width[:, :, p + 1, p, 1] = steps_KP[:, p, None]
-            width[:, :, p + 1, p, 1] = [[step_size(row[p])] for row in steps]
+            width[:, :, p + 1, p, 1] = sizes_KP[:, p, None]
         return cls(parts, log_width, width.astype(np.float32))

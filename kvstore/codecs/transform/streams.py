@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .classes import TokenClasses
-from .ladder import Ladders, step_size
+from .ladder import Ladders, step_sizes
 from .models import ACTIVE
 from .payload import LayerPayload, joined_steps
 
@@ -75,11 +75,10 @@ class Streams:
         rows[:, np.arange(wide) >= passes[:, None]] = 0
         number_begin, numbers = _begins(last * tokens * passes)
         table_begin, tables = _begins(last * (passes * (passes + 1) // 2))
-        sizes = np.array([[step_size(m) for m in row] for row in steps.tolist()], dtype=np.float32)
-        words = _places(payloads, (len(kappa), len(parts), wide))
-        return cls(
-            *words, rows, passes, tokens, columns, steps, sizes, Ladders.of(steps), number_begin, table_begin, numbers, tables
-        )  # fmt: skip
+        sizes = step_sizes(steps)
+        ladders, words = Ladders.of(steps, sizes), _places(payloads, (len(kappa), len(parts), wide))
+        sizes = sizes.astype(np.float32)
+        return cls(*words, rows, passes, tokens, columns, steps, sizes, ladders, number_begin, table_begin, numbers, tables)
 
     @property
     def jobs(self) -> int:
