@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from kvstore.block import Buffer
-from kvstore.checked_copy import copy_checked, prepare
+from kvstore.checked_copy import address_of, copy_checked, prepare
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size
 
@@ -53,6 +53,8 @@ class Arena:
     device: str
     #: One number a page, seen by all who share the memory; None where nobody does.
     marks: memoryview | None = None
+    #: Where this process sees the memory; None where it does not.
+    address: int | None = None
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -134,6 +136,7 @@ class CpuArena(Arena):
         self.shared_bytes = self.marks_at + self.pages * MARK_BYTES
         self.fd = sealed_memory("concertina-arena", self.shared_bytes)
         self._map = mmap.mmap(self.fd, self.shared_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.address = address_of(self._map)
         self._view = memoryview(self._map)[: self.size_bytes]
         self.marks = memoryview(self._map)[self.marks_at :].cast("Q")
         self._readonly = self._view.toreadonly()
