@@ -20,8 +20,8 @@ from .line import Line, map_memory
 #: Parts of the memory that are filled and emptied in turns. With more and smaller ones the node commits more often, which costs more than
 #: what could be done side by side.
 SLOTS = 2
-#: The node begins after so many bytes, while the next are written.
-FIRST_BYTES = 1 << 20
+#: The node begins after so many bytes, while the next are written; but what is together no more than UNDIVIDED_BYTES goes in one message.
+FIRST_BYTES, UNDIVIDED_BYTES = 1 << 20, 4 << 20
 #: Blocks of one message.
 MAX_BLOCKS = 512
 
@@ -54,28 +54,35 @@ class Stage:
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
         """Put blocks. Returns a status for each."""
         statuses, offered, rest = bytearray(), 0, Rest(blocks)
+        small = sum(block.header.payload_bytes for block, _ in blocks) <= UNDIVIDED_BYTES
+        first = min(UNDIVIDED_BYTES if small else FIRST_BYTES, self._slot)
         while rest:
             if offered >= SLOTS:  # this slot is free when the message that last used it has been answered
                 statuses += line.receive(Kind.STATUSES)
-            line.send([self._fill(offered % SLOTS * self._slot, self._slot if offered else min(FIRST_BYTES, self._slot), rest)])
+            offer, sources = self._offer(offered % SLOTS * self._slot, self._slot if offered else first, rest)
+            line.send([offer])  # the node reads the headers meanwhile
+            for at, source in sources:
+                self._memory[at : at + len(source)] = source
+            line.send([door.message(Kind.FILLED)])
             offered += 1
         for _ in range(min(offered, SLOTS)):
             statuses += line.receive(Kind.STATUSES)
         return bytes(statuses)
 
-    def _fill(self, start: int, limit: int, rest: Rest) -> bytes:
-        """Copy what is next to `start`, at most `limit` bytes of it. Returns the message that offers it."""
+    def _offer(self, start: int, limit: int, rest: Rest) -> tuple[bytes, list[tuple[int, np.ndarray]]]:
+        """The message that offers what is next from `start` on, at most `limit` bytes of it, and what must be copied where for that."""
         parts: list[bytes] = []
+        sources: list[tuple[int, np.ndarray]] = []
         at, stop = start, start + limit
         while rest and at < stop and len(parts) < 2 * MAX_BLOCKS:
             header, tokens = rest.header()
             piece_at = at
             for source in rest.take(stop - at):
-                self._memory[at : at + len(source)] = source
+                sources.append((at, source))
                 at += len(source)
             parts += (door.OFFER.pack(tokens, piece_at, at - piece_at, len(header)), header)
             at = -(-at // ALIGNMENT) * ALIGNMENT
-        return door.message(Kind.OFFER, *parts)
+        return door.message(Kind.OFFER, *parts), sources
 
 
 class Rest:

@@ -95,23 +95,23 @@ class Copier:
                     await asyncio.wait([copy])
             raise
 
-    def write_all(self, blocks: Iterable[tuple[BlockHeader, Layers, int]]) -> list[bool]:
-        """Whole payloads, each from an address on, into their pages, for a CPU arena; whether each copy is what its header says.
+    def write_all(self, blocks: Iterable[tuple[BlockHeader, Layers, int]]) -> set[int]:
+        """Whole payloads, each from an address, into their pages of a CPU arena. The numbers of those that are not as their headers say.
 
         All in one go, since to hand the interpreter's lock over for each costs more than a small copy.
         """
-        copies, ends = Copies(), []
-        for header, layers, address in blocks:
-            last = []
+        copies, sums = Copies(), []  # number of the block, what the CRC must be, and which copy has it: -1 for a layer without bytes
+        target, page_bytes = self._arena.address, self._arena.page_bytes
+        for number, (header, layers, address) in enumerate(blocks):
             for row, extents in zip(header.rows, layers, strict=False):
-                pieces = self._arena.pieces(extents, 0, row.size_bytes)
-                for number, (at, size) in enumerate(pieces):
-                    copies.add(self._arena.address + at, address, size, goes_on=number > 0)
-                    address += size
-                last.append(len(copies) - 1 if pieces else -1)
-            ends.append((header, last))
-        crcs = [*copies.make(), 0]  # that of a layer without bytes is 0
-        return [all(row.crc32c == crcs[copy] for row, copy in zip(header.rows, last, strict=False)) for header, last in ends]
+                left = size = row.size_bytes
+                for start, pages in extents:
+                    part = min(left, pages * page_bytes)
+                    copies.add(target + start * page_bytes, address, part, left < size)
+                    address, left = address + part, left - part
+                sums.append((number, row.crc32c, len(copies) - 1 if size else -1))
+        crcs = [*copies.make(), 0]
+        return {number for number, crc, copy in sums if crc != crcs[copy]}
 
     async def read(self, header: BlockHeader, layers: Layers, offset: int, length: int) -> list[Buffer]:
         """`length` bytes of a payload from `offset` on; on the CPU views of the arena, to be copied before the next await."""

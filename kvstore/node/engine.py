@@ -139,24 +139,26 @@ class NodeEngine:
         What the answer ends before, the first perhaps, is for `reserve`.
         """
         needs: dict[bytes, tuple[BlockHeader, list[int]]] = {}  # by id
-        room = min(self.allocator.free_pages, self.allocator.pages // 8 - self.reserved_pages)
+        left = room = min(self.allocator.free_pages, self.allocator.pages // 8 - self.reserved_pages)
         for header in headers:
             id, pages = block_id(owner, header.key), layer_pages(header, self.config.page_bytes)
-            room -= (total := sum(pages))
-            if room < 0 or not total or id in self._writing or id in needs or self.table.get(id) is not None:
+            total = sum(pages)
+            if total > left or not total or id in self._writing or id in needs or self.table.get(id) is not None:
                 break
             if not needs and not self.admission.is_open(header, request, owner):
                 break
             needs[id] = header, pages
-        layers = iter(self.allocator.alloc_all([count for _, pages in needs.values() for count in pages]))
-        parent, run = None, []
+            left -= total
+        extents, run, at = self.allocator.alloc_all([count for _, pages in needs.values() for count in pages]), [], 0
         for id, (header, pages) in needs.items():
-            if not run and (parent := self.table.get(block_id(owner, header.parent))) is not None:
-                self.holds.take(parent)
-            run.append(Reservation(id, owner, header, [next(layers) for _ in pages], request, None if run else parent))
-            self._writing[id] = run[-1]
-            self.reserved_pages += sum(pages)
+            self._writing[id] = reservation = Reservation(id, owner, header, extents[at : at + len(pages)], request, None)
+            run.append(reservation)
+            at += len(pages)
+        if run and (parent := self.table.get(block_id(owner, run[0].header.parent))) is not None:
+            run[0].parent = parent  # those of the others are in the run
+            self.holds.take(parent)
         self.changes += len(run)
+        self.reserved_pages += room - left
         return run
 
     def commit(self, reservation: Reservation) -> Status:
@@ -174,14 +176,15 @@ class NodeEngine:
         runs = groupby(reservations, attrgetter("request"))
         return [status for request, run in runs for status in self._show(request, list(run))]
 
-    def settle(self) -> None:
-        """Tell policy and index of the blocks that were shown."""
+    def settle(self) -> list[Entry]:
+        """Tell policy and index of the blocks that were shown; which they are."""
         shown, self._shown = self._shown, []
         for request, entries in shown:
             self.requests.used(request, [entry.id for entry in entries])
             self.policy.access(request, [entry.info for entry in entries])
             for entry in entries:
                 self._change(entry.key)
+        return [entry for _, entries in shown for entry in entries]
 
     def outcome(self, reservation: Reservation) -> Status:
         """What `show` would answer now for one that is written and verified."""

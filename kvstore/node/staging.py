@@ -1,4 +1,4 @@
-"""Memory into which a guest of this host writes what it puts (`kvstore.door`, STAGE and OFFER).
+"""Memory into which a guest of this host writes what it puts (`kvstore.door`, STAGE, OFFER and FILLED).
 
 The node makes it, so that its size cannot change, and only reads it. What a guest writes there while the node copies can spoil the
 guest's own block at most: the copy is checked, not the original.
@@ -58,21 +58,25 @@ class Stage:
         """Leave its pages to the guest, until they are read again."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    async def take(self, body: memoryview, incoming: Incoming) -> list[Status]:
-        """Take the pieces of an OFFER. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
+    def look(self, body: memoryview) -> list[Piece]:
+        """The pieces of an OFFER. Raises TransportError for what is none."""
+        return [self._piece(*offer) for offer in door.split_offers(body)]
+
+    async def take(self, pieces: Iterable[Piece], incoming: Incoming) -> list[Status]:
+        """Take pieces that are there now. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
 
         Raises
         ------
-        InvalidInputError, TransportError
-            For what is no offer; blocks of those before it stay.
+        InvalidInputError
+            For what cannot follow on what was there before; blocks before it stay.
         """
         copied, before = 0, len(incoming.statuses)
-        for run in _runs([self._piece(*offer) for offer in door.split_offers(body)]):
+        for run in _runs(pieces):
             while run:
                 taken = incoming.take_run([piece[:3] for piece in run]) if run[0].whole else 0
                 if not taken:
                     await self._take(run[0], incoming)
-                copied += sum(piece.size for piece in run[: taken or 1])
+                copied += sum([piece.size for piece in run[: taken or 1]])
                 run = run[taken or 1 :]
                 if copied >= FRAME_BYTES:
                     copied = 0
@@ -80,14 +84,14 @@ class Stage:
         incoming.pause()
         return incoming.statuses[before:]
 
-    def _piece(self, input_tokens: int, offset: int, size: int, header_bytes: memoryview) -> _Piece:
+    def _piece(self, input_tokens: int, offset: int, size: int, header_bytes: memoryview) -> Piece:
         if size > STAGE_BYTES or offset > STAGE_BYTES - size:
             raise TransportError("an offer lies outside of its memory")
         header = header_of(header_bytes) if len(header_bytes) else None
         whole = header is not None and header.payload_bytes == size
-        return _Piece(header, input_tokens, self._address + offset, offset, size, len(header_bytes) > 0, whole)
+        return Piece(header, input_tokens, self._address + offset, offset, size, len(header_bytes) > 0, whole)
 
-    async def _take(self, piece: _Piece, incoming: Incoming) -> None:
+    async def _take(self, piece: Piece, incoming: Incoming) -> None:
         if piece.begins:
             incoming.begin(piece.header, piece.input_tokens)
         stop = piece.offset + piece.size
@@ -95,7 +99,7 @@ class Stage:
             await incoming.go_on(self._view[at : min(stop, at + MAX_FRAME_BYTES)])
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """One of an OFFER; `header` is None in the middle of a block, and where it is damaged."""
 
     header: BlockHeader | None
@@ -107,9 +111,9 @@ class _Piece(NamedTuple):
     whole: bool
 
 
-def _runs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Whole blocks of one chain together, as many as may be copied in one go, and all others alone."""
-    run: list[_Piece] = []
+    run: list[Piece] = []
     size = 0
     for piece in pieces:
         size += piece.size

@@ -33,6 +33,11 @@ def guest_of(node):
     return guest, map_memory(descriptor, size, writable=True) if size else None
 
 
+def offer(*parts: bytes) -> bytes:
+    """Pieces whose payloads are there already."""
+    return door.message(Kind.OFFER, *parts) + door.message(Kind.FILLED)
+
+
 def resident_bytes(view: memoryview) -> int:
     """Of memory that this process maps, how much it has in its page table."""
     start = f"{np.frombuffer(view, np.uint8).ctypes.data:x}-"
@@ -79,7 +84,7 @@ async def test_a_guest_that_leaves_or_stands_still_within_a_block_leaves_nothing
         for leaves in (True, False):
             node.engine.config = replace(node.engine.config, put_timeout_s=0.2)
             guest, _ = await asyncio.to_thread(guest_of, node)
-            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, door.OFFER.pack(0, 0, 1000, len(header)), header)])
+            await asyncio.to_thread(guest.send, [offer(door.OFFER.pack(0, 0, 1000, len(header)), header)])
             assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == b""
             assert node.engine.reserved_bytes
             if leaves:
@@ -108,7 +113,7 @@ async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(m
         late(Arena, "write")
         late(Copies, "make")
         header = block.header.to_bytes()
-        request = door.message(Kind.OFFER, door.OFFER.pack(0, 0, len(right), len(header)), header)
+        request = offer(door.OFFER.pack(0, 0, len(right), len(header)), header)
         for expected in (Status.DATA_LOSS, Status.OK):  # by the second time the right bytes are there
             await asyncio.to_thread(guest.send, [request])
             assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == bytes([expected])
@@ -130,7 +135,7 @@ async def test_offers_that_are_none_end_the_connection() -> None:
             [b"short"],
         ):
             guest, _ = await asyncio.to_thread(guest_of, node)
-            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, *parts)])
+            await asyncio.to_thread(guest.send, [offer(*parts)])
             with pytest.raises(OSError):
                 await asyncio.to_thread(guest.receive, Kind.STATUSES)
             guest.close()

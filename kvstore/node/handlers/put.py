@@ -15,7 +15,7 @@ from ..config import MAX_FRAME_BYTES, MAX_KEYS
 from ..copier import BlockWriter
 from ..engine import Reservation
 from ..status import Status
-from ..table import block_id
+from ..table import Entry, block_id
 from ..wire import PutFrame, parse_put
 from .base import Handler, Service
 
@@ -149,17 +149,17 @@ class Incoming:
             return 0
         request = self._request_of(*blocks[0][:2])
         run = self._service.engine.reserve_run((header for header, _, _ in blocks[:room]), request, self._owner)
-        sources = ((reservation, address) for reservation, (_, _, address) in zip(run, blocks, strict=False))
-        sound = self._service.copier.write_all((of.header, of.layers, address) for of, address in sources)
-        for reservation, intact in zip(run, sound, strict=True):
-            self._last_key = reservation.header.key
-            if intact:
-                self._waiting[reservation.header.key] = len(self.statuses), reservation
-                self.statuses.append(Status.OK)
-            else:
+        sources = [(reservation.header, reservation.layers, address) for reservation, (_, _, address) in zip(run, blocks, strict=False)]
+        damaged = self._service.copier.write_all(sources)
+        for number, reservation in enumerate(run):
+            if number in damaged:
                 self._reservation = reservation
                 self._refuse()
-                self.statuses.append(self._refusal)
+            else:
+                self._waiting[reservation.header.key] = len(self.statuses), reservation
+            self.statuses.append(self._refusal if number in damaged else Status.OK)
+        if run:
+            self._last_key = run[-1].header.key
         return len(run)
 
     def pause(self) -> None:
@@ -169,14 +169,15 @@ class Incoming:
         for index, reservation in self._waiting.values():
             self.statuses[index] = self._service.engine.outcome(reservation)
 
-    def settle(self) -> None:
-        """Make visible what is whole, and do what nobody need wait for."""
+    def settle(self) -> list[Entry]:
+        """Make visible what is whole, and do what nobody need wait for. Returns what was not visible before."""
         self._show()
-        self._service.engine.settle()
+        entries = self._service.engine.settle()
         shown, self._shown = self._shown, []
         for distortion in shown:
             self._service.distortion_keys.observe(distortion.keys)
             self._service.distortion_values.observe(distortion.values)
+        return entries
 
     def finish(self) -> None:
         """End the stream: commit the block that is open, if all of it has come, and those before it."""
