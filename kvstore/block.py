@@ -139,7 +139,7 @@ class BlockHeader:
             self.start, self.tokens, self.key, self.namespace, self.parent, self.profile,
             self.provenance.fidelity, self.provenance.distortion.keys, self.provenance.distortion.values,
         )  # fmt: skip
-        rows = b"".join(_ROW.pack(r.size_bytes, r.crc32c, r.distortion.keys, r.distortion.values, r.expected_divergence) for r in self.rows)
+        rows = b"".join([_ROW.pack(size, crc, keys, values, harm) for size, crc, (keys, values), harm in self.rows])
         rest = fixed + rows
         return _PREFIX.pack(MAGIC, VERSION, _PREFIX.size + len(rest), crc32c(rest)) + rest
 

@@ -6,7 +6,7 @@ slot while the node empties others; a block may go on in the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -75,12 +75,12 @@ class Stage:
         sources: list[tuple[int, np.ndarray]] = []
         at, stop = start, start + limit
         while rest and at < stop and len(parts) < 2 * MAX_BLOCKS:
-            header, tokens = rest.header()
-            piece_at = at
-            for source in rest.take(stop - at):
-                sources.append((at, source))
-                at += len(source)
-            parts += (door.OFFER.pack(tokens, piece_at, at - piece_at, len(header)), header)
+            header, tokens, pieces = rest.take(stop - at)
+            first = at
+            for piece in pieces:
+                sources.append((at, piece))
+                at += len(piece)
+            parts += (door.OFFER.pack(tokens, first, at - first, len(header)), header)
             at = -(-at // ALIGNMENT) * ALIGNMENT
         return door.message(Kind.OFFER, *parts), sources
 
@@ -96,21 +96,19 @@ class Rest:
     def __bool__(self) -> bool:
         return bool(self._layers) or self._next < len(self._blocks)
 
-    def header(self) -> tuple[bytes, int]:
-        """Header and tokens of the block that is next; no header in the middle of one."""
-        if self._layers:
-            return b"", self._blocks[self._next - 1][1]
-        block, tokens = self._blocks[self._next]
-        self._next += 1
-        self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
-        return block.header.to_bytes(), tokens
-
-    def take(self, limit: int) -> Iterator[np.ndarray]:
-        """The next pieces of the block that is being written, at most `limit` bytes in all."""
+    def take(self, limit: int) -> tuple[bytes, int, list[np.ndarray]]:
+        """Header and tokens of the block that is next, no header in the middle of one, and its next pieces, `limit` bytes in all at most."""
+        header, pieces = b"", []
+        if not self._layers:
+            block, _ = self._blocks[self._next]
+            header = block.header.to_bytes()
+            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
+            self._next += 1
         while self._layers and limit:
             layer = self._layers.pop()
-            piece = layer[:limit]
-            if len(piece) < len(layer):
-                self._layers.append(layer[len(piece) :])
-            limit -= len(piece)
-            yield piece
+            if len(layer) > limit:
+                self._layers.append(layer[limit:])
+                layer = layer[:limit]
+            limit -= len(layer)
+            pieces.append(layer)
+        return header, self._blocks[self._next - 1][1], pieces
