@@ -97,7 +97,7 @@ class Rest:
         return bool(self._layers) or self._next < len(self._blocks)
 
     def take(self, limit: int) -> tuple[bytes, int, list[np.ndarray]]:
-        """Header and tokens of the block that is next, no header in the middle of one, and its next pieces, `limit` bytes in all at most."""
+        """Header and tokens of the block that is next, no header in its middle, and its next pieces, at most `limit` bytes in all."""
         header, pieces = b"", []
         if not self._layers:
             block, _ = self._blocks[self._next]

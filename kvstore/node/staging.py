@@ -73,14 +73,14 @@ class Stage:
         copied, before = 0, len(incoming.statuses)
         for run in _runs(pieces):
             while run:
+                if copied >= FRAME_BYTES:
+                    copied = 0
+                    await asyncio.sleep(0)
                 taken = incoming.take_run([piece[:3] for piece in run]) if run[0].whole else 0
                 if not taken:
                     await self._take(run[0], incoming)
                 copied += sum([piece.size for piece in run[: taken or 1]])
                 run = run[taken or 1 :]
-                if copied >= FRAME_BYTES:
-                    copied = 0
-                    await asyncio.sleep(0)
         incoming.pause()
         return incoming.statuses[before:]
 

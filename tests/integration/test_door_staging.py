@@ -122,6 +122,32 @@ async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(m
         guest.close()
 
 
+async def test_of_blocks_that_come_together_each_gets_what_it_deserves() -> None:
+    async with store() as (node, _):
+        guest, memory = await asyncio.to_thread(guest_of, node)
+        blocks = chain(8, size=4000)
+        there = await asyncio.to_thread(guest._write_stream, [(blocks[3], 0)])
+        assert there == bytes([Status.OK])
+        parts = []
+        for number, block in enumerate([*blocks, blocks[6]]):
+            header, payload = bytearray(block.header.to_bytes()), b"".join(block.payload)
+            memory[number * 8192 : number * 8192 + len(payload)] = np.frombuffer(payload, np.uint8)
+            memory[number * 8192] ^= number == 1  # damaged: a payload, and a header
+            header[20] ^= number == 5
+            parts += [door.OFFER.pack(0, number * 8192, len(payload), len(header)), bytes(header)]
+        await asyncio.to_thread(guest.send, [offer(*parts)])
+        outcome = [Status.OK] * 8 + [Status.ALREADY_EXISTS]
+        outcome[1], outcome[3], outcome[5] = Status.DATA_LOSS, Status.ALREADY_EXISTS, Status.DATA_LOSS
+        assert list(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == outcome
+        node.engine.check()
+        assert node.engine.reserved_bytes == 0
+        for number, block in enumerate(blocks):
+            entry = node.engine.table.get(block.header.key)
+            assert (entry is None) == (number in (1, 5))
+            assert entry is None or b"".join(node._payload(entry)) == b"".join(block.payload)
+        guest.close()
+
+
 async def test_offers_that_are_none_end_the_connection() -> None:
     async with store() as (node, _):
         (block,) = chain(1, size=4000)
