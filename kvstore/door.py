@@ -17,7 +17,8 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
     END                             STATUSES a status u8 for each PUT since the last END
     STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
                                     its descriptor; on the Unix socket only
-    OFFER  OFFERs, each with its header      STATUSES a status u8 for each block that ends there: payloads lie in that memory
+    OFFER  OFFERs, each with its header      none: the payloads are about to lie in that memory, and the headers can be read meanwhile
+    FILLED                                   STATUSES a status u8 for each block that ends there: those of the last OFFER do
 
 A RUN is ``offset u64 | bytes u64`` in the arena. What is copied from it is the block's if the 8 bytes at ``mark`` still are ``state`` after
 the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``,
@@ -28,7 +29,6 @@ A refused HELLO, and any message that is none of these, ends the connection.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
 
 from .errors import TransportError
@@ -66,6 +66,7 @@ class Kind(IntEnum):
     STAGE = 11
     STAGED = 12
     OFFER = 13
+    FILLED = 14
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:
@@ -88,9 +89,9 @@ def split_keys(body: memoryview) -> list[bytes]:
     return [bytes(body[at : at + KEY_BYTES]) for at in range(0, len(body), KEY_BYTES)]
 
 
-def split_offers(body: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
+def split_offers(body: memoryview) -> list[tuple[int, int, int, memoryview]]:
     """Tokens, offset, bytes and header of each piece of an OFFER. Raises TransportError where one is cut short."""
-    at = 0
+    offers, at = [], 0
     while at < len(body):
         if at + OFFER.size > len(body):
             raise TransportError("an offer is cut short")
@@ -98,7 +99,8 @@ def split_offers(body: memoryview) -> Iterator[tuple[int, int, int, memoryview]]
         at += OFFER.size + header_bytes
         if at > len(body):
             raise TransportError("an offer is cut short")
-        yield tokens, offset, size, body[at - header_bytes : at]
+        offers.append((tokens, offset, size, body[at - header_bytes : at]))
+    return offers
 
 
 def local_name(incarnation: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore.block import Buffer
-from kvstore.checked_copy import copy_checked, prepare
+from kvstore.checked_copy import address_of, copy_checked, prepare
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size
 
@@ -50,6 +50,8 @@ class Arena:
     device: str
     #: One number a page, seen by all who share the memory.
     marks: memoryview
+    #: Where this process sees the pages; None where it does not.
+    address: int | None = None
     #: Descriptor of the memory that others on this host may map, and its bytes: the marks, and on the CPU before them the pages.
     fd: int = -1
     shared_bytes: int
@@ -139,6 +141,7 @@ class CpuArena(Arena):
         self.shared_bytes = self.marks_at + self.pages * MARK_BYTES
         self.fd = sealed_memory("concertina-arena", self.shared_bytes)
         self._map = mmap.mmap(self.fd, self.shared_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.address = address_of(self._map)
         self._view = memoryview(self._map)[: self.size_bytes]
         self.marks = memoryview(self._map)[self.marks_at :].cast("Q")
         self._readonly = self._view.toreadonly()

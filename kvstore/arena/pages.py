@@ -8,7 +8,7 @@ what its blocks cost. The best-fit free list with boundary tags is Knuth, TAOCP 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvstore.errors import CapacityError, ConcertinaError, ConfigError
@@ -77,6 +77,32 @@ class PageAllocator:
             taken.append(extent)
             count -= extent.count
         return tuple(taken)
+
+    def alloc_all(self, counts: Sequence[int]) -> list[tuple[Extent, ...]]:
+        """`alloc` for each of `counts`: out of one run, side by side, where one is long enough for all.
+
+        Raises
+        ------
+        CapacityError
+            If fewer pages are free than all of them need; nothing is taken then.
+        """
+        total = sum(counts)
+        if total > self.free_pages:
+            raise CapacityError(f"{total} pages are needed and {self.free_pages} are free")
+        at = bisect_left(self._lengths, total)
+        if at == len(self._lengths) or min(counts, default=0) < 1:
+            return [self.alloc(count) for count in counts]
+        length = self._lengths[at]
+        start = next(reversed(self._runs[length]))
+        self._remove(start, length)
+        if length > total:
+            self._insert(start + total, length - total)
+        taken = []
+        for count in counts:
+            self._allocated[start] = count
+            taken.append((Extent(start, count),))
+            start += count
+        return taken
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Give back extents exactly as `alloc` gave them.

@@ -6,7 +6,7 @@ slot while the node empties others; a block may go on in the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from .line import Line, map_memory
 #: Parts of the memory that are filled and emptied in turns. With more and smaller ones the node commits more often, which costs more than
 #: what could be done side by side.
 SLOTS = 2
-#: The node begins after so many bytes, while the next are written.
-FIRST_BYTES = 1 << 20
+#: The node begins after so many bytes, while the next are written; but what is together no more than UNDIVIDED_BYTES goes in one message.
+FIRST_BYTES, UNDIVIDED_BYTES = 1 << 20, 4 << 20
 #: Blocks of one message.
 MAX_BLOCKS = 512
 
@@ -54,28 +54,35 @@ class Stage:
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
         """Put blocks. Returns a status for each."""
         statuses, offered, rest = bytearray(), 0, Rest(blocks)
+        small = sum(block.header.payload_bytes for block, _ in blocks) <= UNDIVIDED_BYTES
+        first = min(UNDIVIDED_BYTES if small else FIRST_BYTES, self._slot)
         while rest:
             if offered >= SLOTS:  # this slot is free when the message that last used it has been answered
                 statuses += line.receive(Kind.STATUSES)
-            line.send([self._fill(offered % SLOTS * self._slot, self._slot if offered else min(FIRST_BYTES, self._slot), rest)])
+            offer, sources = self._offer(offered % SLOTS * self._slot, self._slot if offered else first, rest)
+            line.send([offer])  # the node reads the headers meanwhile
+            for at, source in sources:
+                self._memory[at : at + len(source)] = source
+            line.send([door.message(Kind.FILLED)])
             offered += 1
         for _ in range(min(offered, SLOTS)):
             statuses += line.receive(Kind.STATUSES)
         return bytes(statuses)
 
-    def _fill(self, start: int, limit: int, rest: Rest) -> bytes:
-        """Copy what is next to `start`, at most `limit` bytes of it. Returns the message that offers it."""
+    def _offer(self, start: int, limit: int, rest: Rest) -> tuple[bytes, list[tuple[int, np.ndarray]]]:
+        """The message that offers what is next from `start` on, at most `limit` bytes of it, and what must be copied where for that."""
         parts: list[bytes] = []
+        sources: list[tuple[int, np.ndarray]] = []
         at, stop = start, start + limit
         while rest and at < stop and len(parts) < 2 * MAX_BLOCKS:
-            header, tokens = rest.header()
-            piece_at = at
-            for source in rest.take(stop - at):
-                self._memory[at : at + len(source)] = source
-                at += len(source)
-            parts += (door.OFFER.pack(tokens, piece_at, at - piece_at, len(header)), header)
+            header, tokens, pieces = rest.take(stop - at)
+            first = at
+            for piece in pieces:
+                sources.append((at, piece))
+                at += len(piece)
+            parts += (door.OFFER.pack(tokens, first, at - first, len(header)), header)
             at = -(-at // ALIGNMENT) * ALIGNMENT
-        return door.message(Kind.OFFER, *parts)
+        return door.message(Kind.OFFER, *parts), sources
 
 
 class Rest:
@@ -89,21 +96,19 @@ class Rest:
     def __bool__(self) -> bool:
         return bool(self._layers) or self._next < len(self._blocks)
 
-    def header(self) -> tuple[bytes, int]:
-        """Header and tokens of the block that is next; no header in the middle of one."""
-        if self._layers:
-            return b"", self._blocks[self._next - 1][1]
-        block, tokens = self._blocks[self._next]
-        self._next += 1
-        self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
-        return block.header.to_bytes(), tokens
-
-    def take(self, limit: int) -> Iterator[np.ndarray]:
-        """The next pieces of the block that is being written, at most `limit` bytes in all."""
+    def take(self, limit: int) -> tuple[bytes, int, list[np.ndarray]]:
+        """Header and tokens of the block that is next, no header in its middle, and its next pieces, at most `limit` bytes in all."""
+        header, pieces = b"", []
+        if not self._layers:
+            block, _ = self._blocks[self._next]
+            header = block.header.to_bytes()
+            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
+            self._next += 1
         while self._layers and limit:
             layer = self._layers.pop()
-            piece = layer[:limit]
-            if len(piece) < len(layer):
-                self._layers.append(layer[len(piece) :])
-            limit -= len(piece)
-            yield piece
+            if len(layer) > limit:
+                self._layers.append(layer[limit:])
+                layer = layer[:limit]
+            limit -= len(layer)
+            pieces.append(layer)
+        return header, self._blocks[self._next - 1][1], pieces

@@ -55,6 +55,10 @@ class Admission:
         self._drop = drop
         self._refused: tuple[bytes, int] | None = None  # the last block, and its request
 
+    def is_open(self, header: BlockHeader, request: Request, owner: str) -> bool:
+        """Whether a chain that begins with this block comes in as long as there is room that nobody has to give."""
+        return not self.quotas.limits and self._refused != (block_id(owner, header.parent), request.seq)
+
     def refusal(self, header: BlockHeader, request: Request, owner: str, pages: int) -> str | None:
         """Why a block of `pages` is not admitted, None where it is. A tenant over its quota gives up blocks of its own first.
 

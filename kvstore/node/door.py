@@ -21,8 +21,9 @@ from .handlers.base import Service
 from .handlers.put import Incoming
 from .inbox import LARGE_BYTES, PIECE_S, SMALL_BYTES, Inbox
 from .plans import Found
-from .staging import STAGE_BYTES, Stage, Stages
+from .staging import STAGE_BYTES, Piece, Stage, Stages
 from .status import Status
+from .table import Entry
 from .wire import PutFrame
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ class Guest:
         self._service = service
         self._stages = stages
         self._stage: Stage | None = None
+        self._offered: list[Piece] | None = None  # of which the payloads are on their way
         self._peer = peer
         self._inbox = inbox
         self._caller = caller
@@ -193,7 +195,11 @@ class Guest:
         elif kind is Kind.STAGE and self._peer.family == socket.AF_UNIX and self._stage is None:
             self._open_stage()
         elif kind is Kind.OFFER and self._stage is not None and self._service.admitting:
-            await self._offer(body, self._stage)
+            self._begin_writing()
+            self._offered = self._stage.look(body)
+        elif kind is Kind.FILLED and self._stage is not None and self._offered is not None:
+            offered, self._offered = self._offered, None
+            await self._filled(offered, self._stage)
         else:
             raise TransportError(f"{kind.name} is no request now")
 
@@ -309,12 +315,13 @@ class Guest:
                 await incoming.take(PutFrame(index, None, piece, 0))
                 left -= len(piece)
 
-    async def _offer(self, body: memoryview, stage: Stage) -> None:
+    async def _filled(self, offered: Sequence[Piece], stage: Stage) -> None:
         incoming = self._begin_writing()
-        outcome = await stage.take(body, incoming)
+        outcome = await stage.take(offered, incoming)
         if not incoming.open:
             self._incoming = self.write_ends = None
-        await self._tell(outcome, incoming)
+        for entry in await self._tell(outcome, incoming):
+            self._described(Found.of(entry, 0))  # now, when nobody waits for it, rather than at the first read
 
     def _begin_writing(self) -> Incoming:
         """What takes the blocks of the guest's write, which has a while to end from its beginning."""
@@ -332,13 +339,14 @@ class Guest:
         incoming.pause()
         await self._tell(incoming.statuses, incoming)
 
-    async def _tell(self, outcome: Sequence[Status], incoming: Incoming) -> None:
-        """What became of blocks; and what nobody waits for, once that is on its way."""
+    async def _tell(self, outcome: Sequence[Status], incoming: Incoming) -> list[Entry]:
+        """What became of blocks; and what nobody waits for, once that is on its way. Returns the blocks that can be seen since then."""
         try:
             left = self._send_now(door.message(Kind.STATUSES, bytes(outcome)))
         finally:
-            incoming.settle()
+            entries = incoming.settle()
         await self._send(left)
+        return entries
 
     def _send_now(self, data: bytes) -> memoryview:
         """Send what goes out at once. Returns the rest."""

@@ -133,6 +133,34 @@ class NodeEngine:
         self.reserved_pages += total
         return reservation
 
+    def reserve_run(self, headers: Iterable[BlockHeader], request: Request, owner: str = "") -> list[Reservation]:
+        """Take pages for the leading blocks of a chain, as long as none is known here and all `can_wait`: nothing is to be decided then.
+
+        What the answer ends before, the first perhaps, is for `reserve`.
+        """
+        needs: dict[bytes, tuple[BlockHeader, list[int]]] = {}  # by id
+        left = room = min(self.allocator.free_pages, self.allocator.pages // 8 - self.reserved_pages)
+        for header in headers:
+            id, pages = block_id(owner, header.key), layer_pages(header, self.config.page_bytes)
+            total = sum(pages)
+            if total > left or not total or id in self._writing or id in needs or self.table.get(id) is not None:
+                break
+            if not needs and not self.admission.is_open(header, request, owner):
+                break
+            needs[id] = header, pages
+            left -= total
+        extents, run, at = self.allocator.alloc_all([count for _, pages in needs.values() for count in pages]), [], 0
+        for id, (header, pages) in needs.items():
+            self._writing[id] = reservation = Reservation(id, owner, header, extents[at : at + len(pages)], request, None)
+            run.append(reservation)
+            at += len(pages)
+        if run and (parent := self.table.get(block_id(owner, run[0].header.parent))) is not None:
+            run[0].parent = parent  # those of the others are in the run
+            self.holds.take(parent)
+        self.changes += len(run)
+        self.reserved_pages += room - left
+        return run
+
     def commit(self, reservation: Reservation) -> Status:
         """Make a written and verified block visible, unless a block as good came to be there in the meantime."""
         return self.commit_all([reservation])[0]
@@ -148,14 +176,24 @@ class NodeEngine:
         runs = groupby(reservations, attrgetter("request"))
         return [status for request, run in runs for status in self._show(request, list(run))]
 
-    def settle(self) -> None:
-        """Tell policy and index of the blocks that were shown."""
+    def settle(self) -> list[Entry]:
+        """Tell policy and index of the blocks that were shown; which they are."""
         shown, self._shown = self._shown, []
         for request, entries in shown:
             self.requests.used(request, [entry.id for entry in entries])
             self.policy.access(request, [entry.info for entry in entries])
             for entry in entries:
                 self._change(entry.key)
+        return [entry for _, entries in shown for entry in entries]
+
+    def outcome(self, reservation: Reservation) -> Status:
+        """What `show` would answer now for one that is written and verified."""
+        resident = self.table.get(reservation.id)
+        if resident is None:
+            return Status.OK
+        if not is_better(reservation.header, resident.header):
+            return Status.ALREADY_EXISTS
+        return Status.BUSY if resident.holds else Status.OK
 
     def can_wait(self, header: BlockHeader) -> bool:
         """Whether room for this block would be taken from nobody, so that those written before it may be committed with it."""
@@ -322,27 +360,18 @@ class NodeEngine:
         statuses, entries, now = [], [], self.clock.now()
         for reservation in run:
             self._end_writing(reservation)
-            statuses.append(status := self._displace(reservation))
+            statuses.append(status := self.outcome(reservation))
             if status is Status.OK:
+                if (resident := self.table.get(reservation.id)) is not None:
+                    self._drop(resident, REPLACED)
                 header, owner = reservation.header, reservation.owner
                 entries.append(self.table.insert(header, reservation.layers, now, self.admission.info(header, owner), owner))
-                self.admission.quotas.count(entries[-1], entries[-1].pages * self.config.page_bytes)
             else:
                 self._free(reservation.layers)
         if entries:
+            self.admission.quotas.came(entries, self.config.page_bytes)
             self._shown.append((request, entries))
         return statuses
-
-    def _displace(self, reservation: Reservation) -> Status:
-        """Drop a worse block of the same name; anything but OK says why the new one is not to come in."""
-        resident = self.table.get(reservation.id)
-        if resident is None:
-            return Status.OK
-        better = is_better(reservation.header, resident.header)
-        if resident.holds or not better:
-            return Status.BUSY if better else Status.ALREADY_EXISTS
-        self._drop(resident, REPLACED)
-        return Status.OK
 
     def _end_writing(self, reservation: Reservation) -> None:
         if self._writing.get(reservation.id) is not reservation:

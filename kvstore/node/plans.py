@@ -14,7 +14,7 @@ from kvstore.eviction.base import Request
 from kvstore.identity import DIGEST_BYTES
 
 from .config import MAX_KEYS
-from .table import Entry
+from .table import Entry, pages_in
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +30,7 @@ class Reservation:
 
     @property
     def pages(self) -> int:
-        return sum(extent.count for layer in self.layers for extent in layer)
+        return pages_in(self.layers)
 
 
 class Found(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 
 from .table import Entry
 
@@ -31,11 +32,12 @@ class QuotaTable:
 
     def count(self, entry: Entry, size_bytes: int) -> None:
         """Bytes of `entry` came (or went, where negative)."""
-        for subject in subjects_of(entry):
-            if subject:
-                self._held[subject] += size_bytes
-                if not self._held[subject]:
-                    del self._held[subject]
+        self._count(subjects_of(entry), size_bytes)
+
+    def came(self, entries: Iterable[Entry], page_bytes: int) -> None:
+        """Count these blocks; those of one subject that stand side by side at once."""
+        for (owner, namespace), run in groupby(entries, lambda entry: (entry.owner, entry.header.namespace)):
+            self._count((owner, namespace.hex()), page_bytes * sum([entry.pages for entry in run]))
 
     def hear(self, limits: dict[str, int], elsewhere: Iterable[Mapping[str, int]]) -> None:
         """Take the bounds as they are now, and what each other node holds."""
@@ -72,3 +74,10 @@ class QuotaTable:
                 if entry.generation and not entry.holds and entry.last_use == last_use:
                     return entry
         return None
+
+    def _count(self, subjects: Iterable[str], size_bytes: int) -> None:
+        for subject in subjects:
+            if subject:
+                self._held[subject] += size_bytes
+                if not self._held[subject]:
+                    del self._held[subject]

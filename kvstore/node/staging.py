@@ -1,4 +1,4 @@
-"""Memory into which a guest of this host writes what it puts (`kvstore.door`, STAGE and OFFER).
+"""Memory into which a guest of this host writes what it puts (`kvstore.door`, STAGE, OFFER and FILLED).
 
 The node makes it, so that its size cannot change, and only reads it. What a guest writes there while the node copies can spoil the
 guest's own block at most: the copy is checked, not the original.
@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from kvstore import door
 from kvstore.arena import sealed_memory
+from kvstore.block import BlockHeader
+from kvstore.checked_copy import address_of
 from kvstore.errors import TransportError
 
 from .config import FRAME_BYTES, MAX_FRAME_BYTES
-from .handlers.put import Incoming
+from .handlers.put import Incoming, header_of
 from .status import Status
-from .wire import PutFrame
 
 STAGE_BYTES = 16 << 20
 #: Guests that may have one at a time; others send their blocks over the connection.
@@ -41,6 +44,7 @@ class Stage:
     def __init__(self, stages: Stages) -> None:
         self.fd = sealed_memory("concertina-stage", STAGE_BYTES)
         self._map = mmap.mmap(self.fd, STAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._address = address_of(self._map)
         self._view = memoryview(self._map)
         self._stages = stages
         stages.count += 1
@@ -54,25 +58,68 @@ class Stage:
         """Leave its pages to the guest, until they are read again."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
-    async def take(self, body: memoryview, incoming: Incoming) -> list[Status]:
-        """Take the pieces of an OFFER. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
+    def look(self, body: memoryview) -> list[Piece]:
+        """The pieces of an OFFER. Raises TransportError for what is none."""
+        return [self._piece(*offer) for offer in door.split_offers(body)]
+
+    async def take(self, pieces: Iterable[Piece], incoming: Incoming) -> list[Status]:
+        """Take pieces that are there now. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
 
         Raises
         ------
-        InvalidInputError, TransportError
-            For what is no offer; blocks before it stay.
+        InvalidInputError
+            For what cannot follow on what was there before; blocks before it stay.
         """
         copied, before = 0, len(incoming.statuses)
-        for tokens, offset, size, header in door.split_offers(body):
-            if size > STAGE_BYTES or offset > STAGE_BYTES - size:
-                raise TransportError("an offer lies outside of its memory")
-            first, index = (header, incoming.next_index) if len(header) else (None, len(incoming.statuses))
-            for at in range(0, max(size, 1), MAX_FRAME_BYTES):
-                payload = self._view[offset + at : offset + min(size, at + MAX_FRAME_BYTES)]
-                await incoming.take(PutFrame(index, None if at else first, payload, tokens))
-            copied += size
-            if copied >= FRAME_BYTES:
-                copied = 0
-                await asyncio.sleep(0)
+        for run in _runs(pieces):
+            while run:
+                if copied >= FRAME_BYTES:
+                    copied = 0
+                    await asyncio.sleep(0)
+                taken = incoming.take_run([piece[:3] for piece in run]) if run[0].whole else 0
+                if not taken:
+                    await self._take(run[0], incoming)
+                copied += sum([piece.size for piece in run[: taken or 1]])
+                run = run[taken or 1 :]
         incoming.pause()
         return incoming.statuses[before:]
+
+    def _piece(self, input_tokens: int, offset: int, size: int, header_bytes: memoryview) -> Piece:
+        if size > STAGE_BYTES or offset > STAGE_BYTES - size:
+            raise TransportError("an offer lies outside of its memory")
+        header = header_of(header_bytes) if len(header_bytes) else None
+        whole = header is not None and header.payload_bytes == size
+        return Piece(header, input_tokens, self._address + offset, offset, size, len(header_bytes) > 0, whole)
+
+    async def _take(self, piece: Piece, incoming: Incoming) -> None:
+        if piece.begins:
+            incoming.begin(piece.header, piece.input_tokens)
+        stop = piece.offset + piece.size
+        for at in range(piece.offset, stop, MAX_FRAME_BYTES):
+            await incoming.go_on(self._view[at : min(stop, at + MAX_FRAME_BYTES)])
+
+
+class Piece(NamedTuple):
+    """One of an OFFER; `header` is None in the middle of a block, and where it is damaged."""
+
+    header: BlockHeader | None
+    input_tokens: int
+    address: int
+    offset: int
+    size: int
+    begins: bool
+    whole: bool
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Whole blocks of one chain together, as many as may be copied in one go, and all others alone."""
+    run: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        size += piece.size
+        if run and not (run[-1].whole and piece.whole and piece.header.parent == run[-1].header.key and size <= FRAME_BYTES):
+            yield run
+            run, size = [], piece.size
+        run.append(piece)
+    if run:
+        yield run

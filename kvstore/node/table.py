@@ -6,8 +6,9 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from kvstore.arena.pages import AccountingError, Extent
 from kvstore.block import BlockHeader, LayerInfo
@@ -18,6 +19,15 @@ from kvstore.identity import NO_PARENT, digest
 def pages_of(size_bytes: int, page_bytes: int) -> int:
     """Whole pages that hold `size_bytes`."""
     return -(-size_bytes // page_bytes)
+
+
+def pages_in(layers: Iterable[tuple[Extent, ...]]) -> int:
+    """Pages that layers have in all."""
+    pages = 0
+    for extents in layers:
+        for extent in extents:
+            pages += extent.count
+    return pages
 
 
 def layer_pages(header: BlockHeader, page_bytes: int) -> list[int]:
@@ -35,15 +45,24 @@ def block_id(owner: str, key: bytes) -> bytes:
 
 def block_info(header: BlockHeader, page_bytes: int, owner: str = "", least: int = 1) -> BlockInfo:
     """The block as an eviction policy sees it: rung 0 is all that is present now, each further rung one layer less, down to `least`."""
+    parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
+    id, depth = block_id(owner, header.key), header.start // header.tokens
+    if header.present == 1:
+        row = header.rows[0]
+        return BlockInfo(id, parent, depth, *_one_rung(pages_of(row.size_bytes, page_bytes) * page_bytes, _loss(row, row)))
     sizes, losses, total = [], [], 0
     for fidelity, row in enumerate(header.rows[: header.present], 1):
         total += pages_of(row.size_bytes, page_bytes) * page_bytes
         if fidelity >= least:
             sizes.append(total)
             losses.append(_loss(row, header.rows[header.present - 1]))
-    parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
-    depth = header.start // header.tokens
-    return BlockInfo(block_id(owner, header.key), parent, depth, tuple(reversed(sizes)), tuple(reversed(losses)))
+    return BlockInfo(id, parent, depth, tuple(reversed(sizes)), tuple(reversed(losses)))
+
+
+@lru_cache(maxsize=1024)
+def _one_rung(size: int, loss: float) -> tuple[tuple[int], tuple[float]]:
+    """Sizes and losses of a block without a ladder: the same two objects for blocks of one size, so that a policy knows them again."""
+    return (size,), (loss,)
 
 
 def _loss(row: LayerInfo, full: LayerInfo) -> float:
@@ -97,12 +116,15 @@ class Entry:
     pages: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pages = sum(extent.count for layer in self.layers for extent in layer)
+        self.pages = pages_in(self.layers)
 
     @property
     def first_page(self) -> int:
         """0 for a block without pages."""
-        return next((extent.start for layer in self.layers for extent in layer), 0)
+        for extents in self.layers:
+            if extents:
+                return extents[0].start
+        return 0
 
     @property
     def key(self) -> bytes:

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore import door
 from kvstore.arena import Arena
+from kvstore.checked_copy import Copies
 from kvstore.client.door import open_door
 from kvstore.client.line import map_memory
 from kvstore.client.staging import Stage
@@ -30,6 +31,11 @@ def guest_of(node):
     guest.send([door.message(Kind.STAGE)])
     size, descriptor, _ = guest.receive_memory(Kind.STAGED)
     return guest, map_memory(descriptor, size, writable=True) if size else None
+
+
+def offer(*parts: bytes) -> bytes:
+    """Pieces whose payloads are there already."""
+    return door.message(Kind.OFFER, *parts) + door.message(Kind.FILLED)
 
 
 def resident_bytes(view: memoryview) -> int:
@@ -78,7 +84,7 @@ async def test_a_guest_that_leaves_or_stands_still_within_a_block_leaves_nothing
         for leaves in (True, False):
             node.engine.config = replace(node.engine.config, put_timeout_s=0.2)
             guest, _ = await asyncio.to_thread(guest_of, node)
-            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, door.OFFER.pack(0, 0, 1000, len(header)), header)])
+            await asyncio.to_thread(guest.send, [offer(door.OFFER.pack(0, 0, 1000, len(header)), header)])
             assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == b""
             assert node.engine.reserved_bytes
             if leaves:
@@ -92,21 +98,53 @@ async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(m
     async with store() as (node, _):
         guest, memory = await asyncio.to_thread(guest_of, node)
         (block,) = chain(1, size=4000)
-        right, write = np.frombuffer(b"".join(block.payload), np.uint8), Arena.write
+        right = np.frombuffer(b"".join(block.payload), np.uint8)
 
-        def late(arena, extents, offset, data, crc):
-            crc = write(arena, extents, offset, data, crc)
-            memory[: len(right)] = right
-            return crc
+        def late(of, name):
+            whole = getattr(of, name)
 
-        monkeypatch.setattr(Arena, "write", late)
+            def copy(*args):
+                outcome = whole(*args)
+                memory[: len(right)] = right
+                return outcome
+
+            monkeypatch.setattr(of, name, copy)
+
+        late(Arena, "write")
+        late(Copies, "make")
         header = block.header.to_bytes()
-        request = door.message(Kind.OFFER, door.OFFER.pack(0, 0, len(right), len(header)), header)
+        request = offer(door.OFFER.pack(0, 0, len(right), len(header)), header)
         for expected in (Status.DATA_LOSS, Status.OK):  # by the second time the right bytes are there
             await asyncio.to_thread(guest.send, [request])
             assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == bytes([expected])
             assert (node.engine.table.get(block.header.key) is not None) == (expected is Status.OK)
             assert node.engine.reserved_bytes == 0
+        guest.close()
+
+
+async def test_of_blocks_that_come_together_each_gets_what_it_deserves() -> None:
+    async with store() as (node, _):
+        guest, memory = await asyncio.to_thread(guest_of, node)
+        blocks = chain(8, size=4000)
+        there = await asyncio.to_thread(guest._write_stream, [(blocks[3], 0)])
+        assert there == bytes([Status.OK])
+        parts = []
+        for number, block in enumerate([*blocks, blocks[6]]):
+            header, payload = bytearray(block.header.to_bytes()), b"".join(block.payload)
+            memory[number * 8192 : number * 8192 + len(payload)] = np.frombuffer(payload, np.uint8)
+            memory[number * 8192] ^= number == 1  # damaged: a payload, and a header
+            header[20] ^= number == 5
+            parts += [door.OFFER.pack(0, number * 8192, len(payload), len(header)), bytes(header)]
+        await asyncio.to_thread(guest.send, [offer(*parts)])
+        outcome = [Status.OK] * 8 + [Status.ALREADY_EXISTS]
+        outcome[1], outcome[3], outcome[5] = Status.DATA_LOSS, Status.ALREADY_EXISTS, Status.DATA_LOSS
+        assert list(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == outcome
+        node.engine.check()
+        assert node.engine.reserved_bytes == 0
+        for number, block in enumerate(blocks):
+            entry = node.engine.table.get(block.header.key)
+            assert (entry is None) == (number in (1, 5))
+            assert entry is None or b"".join(node._payload(entry)) == b"".join(block.payload)
         guest.close()
 
 
@@ -123,7 +161,7 @@ async def test_offers_that_are_none_end_the_connection() -> None:
             [b"short"],
         ):
             guest, _ = await asyncio.to_thread(guest_of, node)
-            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, *parts)])
+            await asyncio.to_thread(guest.send, [offer(*parts)])
             with pytest.raises(OSError):
                 await asyncio.to_thread(guest.receive, Kind.STATUSES)
             guest.close()

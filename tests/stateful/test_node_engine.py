@@ -124,6 +124,17 @@ class NodeMachine(RuleBasedStateMachine):
             assert sum(e.count for e in extents) == -(-row.size_bytes // PAGE)
         return decision
 
+    @rule(target=writing, numbers=st.lists(st.integers(0, 2), min_size=1, max_size=4), layers=st.integers(1, 2))
+    def reserve_run(self, numbers: list[int], layers: int):
+        headers = [header_of(number, layers, 0.2, True, 1) for number in numbers]
+        before, changes = self.engine.free_bytes, len(self.changed)
+        run = self.engine.reserve_run(headers, self.engine.request())
+        assert [reservation.header for reservation in run] == headers[: len(run)]
+        assert len({header.key for header in headers[: len(run)]} - self.model.keys()) == len(run), "each is new, and once"
+        assert before - self.engine.free_bytes == PAGE * sum(r.pages for r in run)
+        assert len(self.changed) == changes, "nothing leaves for them"
+        return multiple(*run)
+
     @rule(blocks=st.lists(st.tuples(KEYS, st.integers(1, 3), st.integers(0, 1)), min_size=1, max_size=5))
     def put(self, blocks: list[tuple[int, int, int]]) -> None:
         for number, layers, depth in blocks:
@@ -136,7 +147,8 @@ class NodeMachine(RuleBasedStateMachine):
         token = next(self.tokens)
         self.fill(reservation.layers, token)
         key, old = reservation.header.key, self.model.get(reservation.header.key)
-        status = self.engine.commit(reservation)
+        foreseen, status = self.engine.outcome(reservation), self.engine.commit(reservation)
+        assert status is foreseen
         if status is Status.OK:
             assert key not in self.protected(), "a pinned or leased block is not replaced"
             self.model[key] = Known(reservation.header, token)

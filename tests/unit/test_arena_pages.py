@@ -11,12 +11,21 @@ from kvstore.errors import CapacityError, ConfigError
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)
-@given(st.integers(1, 60), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=80))
-def test_every_page_has_at_most_one_owner(pages: int, steps: list[tuple[bool, int]]) -> None:
+@given(st.integers(1, 60), st.lists(st.tuples(st.booleans(), st.integers(0, 20) | st.lists(st.integers(0, 5), max_size=5)), max_size=80))
+def test_every_page_has_at_most_one_owner(pages: int, steps: list[tuple[bool, int | list[int]]]) -> None:
     allocator = PageAllocator(pages)
     owned: list[tuple[Extent, ...]] = []
     for take, number in steps:
-        if take:
+        if isinstance(number, list):
+            free = allocator.free_pages
+            if sum(number) > free:
+                with pytest.raises(CapacityError):
+                    allocator.alloc_all(number)
+                assert allocator.free_pages == free
+            else:
+                owned += (taken := allocator.alloc_all(number))
+                assert [sum(e.count for e in extents) for extents in taken] == number
+        elif take:
             free = allocator.free_pages
             if number > free:
                 with pytest.raises(CapacityError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
@@ -15,7 +15,7 @@ from ..config import MAX_FRAME_BYTES, MAX_KEYS
 from ..copier import BlockWriter
 from ..engine import Reservation
 from ..status import Status
-from ..table import block_id
+from ..table import Entry, block_id
 from ..wire import PutFrame, parse_put
 from .base import Handler, Service
 
@@ -88,42 +88,106 @@ class Incoming:
         if len(frame.payload) > MAX_FRAME_BYTES:
             raise InvalidInputError(f"a frame holds at most {MAX_FRAME_BYTES} payload bytes, not {len(frame.payload)}")
         if frame.header is not None:
-            self._close()
-            if frame.index != len(self.statuses) or frame.index >= MAX_KEYS:
-                raise InvalidInputError(f"block {frame.index} came where {len(self.statuses)} was due; count from 0, below {MAX_KEYS}")
-            self._begin(frame.header, frame.input_tokens)
-        elif not self.open or frame.index != len(self.statuses):
+            if frame.index != self.next_index:
+                raise InvalidInputError(f"block {frame.index} came where {self.next_index} was due; count from 0")
+            self.begin(header_of(frame.header), frame.input_tokens)
+        elif frame.index != len(self.statuses):
             raise InvalidInputError(f"payload of block {frame.index} came without its header; send the header in the block's first frame")
-        self._left -= len(frame.payload)
-        if self._reservation is not None and len(frame.payload):
+        await self.go_on(frame.payload)
+
+    def begin(self, header: BlockHeader | None, input_tokens: int) -> None:
+        """The next block begins; None where its header is damaged.
+
+        Raises
+        ------
+        InvalidInputError
+            After too many blocks.
+        """
+        self._close()
+        if not self._service.admitting:
+            raise TransportError(DRAINING)
+        if len(self.statuses) >= MAX_KEYS:
+            raise InvalidInputError(f"one call takes at most {MAX_KEYS} blocks")
+        self.open, self.header = True, header
+        if header is None:
+            self._refuse()
+            return
+        self._left = header.payload_bytes
+        engine = self._service.engine
+        if len(self._waiting) == MAX_WAITING or header.key in self._waiting or not engine.can_wait(header):
+            self.settle()
+        request = self._request_of(header, input_tokens)
+        self._last_key = header.key
+        decision = engine.reserve(header, request, self._owner)
+        if isinstance(decision, Status):
+            self._refusal = decision
+            return
+        self._reservation = decision
+        self._writer = BlockWriter(header, decision.layers, self._service.arena)
+
+    async def go_on(self, payload: memoryview) -> None:
+        """More of the block that is open. Raises InvalidInputError where there is none."""
+        if not self.open:
+            raise InvalidInputError("payload came without its header; send the header in the block's first frame")
+        self._left -= len(payload)
+        if self._reservation is not None and len(payload):
             try:
-                await self._service.copier.write(self._writer, frame.payload)
+                await self._service.copier.write(self._writer, payload)
             except CorruptBlockError:
                 self._refuse()
 
+    def take_run(self, blocks: Sequence[tuple[BlockHeader, int, int]]) -> int:
+        """Take the leading blocks of a chain at once, as far as none needs a decision: header, input tokens, address of the whole payload.
+
+        Returns how many; where it is none, `begin` the first.
+        """
+        self._close()
+        if len(self._waiting) == MAX_WAITING:
+            self.settle()
+        room = min(MAX_WAITING - len(self._waiting), MAX_KEYS - len(self.statuses))
+        if self._service.arena.address is None or not self._service.admitting:
+            return 0
+        request = self._request_of(*blocks[0][:2])
+        run = self._service.engine.reserve_run((header for header, _, _ in blocks[:room]), request, self._owner)
+        sources = [(reservation.header, reservation.layers, address) for reservation, (_, _, address) in zip(run, blocks, strict=False)]
+        damaged = self._service.copier.write_all(sources)
+        for number, reservation in enumerate(run):
+            if number in damaged:
+                self._reservation = reservation
+                self._refuse()
+            else:
+                self._waiting[reservation.header.key] = len(self.statuses), reservation
+            self.statuses.append(self._refusal if number in damaged else Status.OK)
+        if run:
+            self._last_key = run[-1].header.key
+        return len(run)
+
     def pause(self) -> None:
-        """What has come for the moment: as `finish`, but for a block of which more is to come; `settle` before anything else happens."""
+        """What has come for the moment is to be answered: `settle`, which makes it true, before anything else happens."""
         if self.header is None or self._left <= 0:
             self._close()
-        self._show()
+        for index, reservation in self._waiting.values():
+            self.statuses[index] = self._service.engine.outcome(reservation)
 
-    def settle(self) -> None:
-        """Do what nobody need wait for."""
-        self._service.engine.settle()
+    def settle(self) -> list[Entry]:
+        """Make visible what is whole, and do what nobody need wait for. Returns what was not visible before."""
+        self._show()
+        entries = self._service.engine.settle()
         shown, self._shown = self._shown, []
         for distortion in shown:
             self._service.distortion_keys.observe(distortion.keys)
             self._service.distortion_values.observe(distortion.values)
+        return entries
 
     def finish(self) -> None:
         """End the stream: commit the block that is open, if all of it has come, and those before it."""
         self._close()
-        self._commit()
+        self.settle()
 
     def abandon(self) -> None:
         """The stream has ended, in whatever way: commit what is whole, and give the pages of an unfinished block back."""
         self._abort()
-        self._commit()
+        self.settle()
 
     def _close(self) -> None:
         """End the block that is open, if any."""
@@ -142,10 +206,6 @@ class Incoming:
             reservation, self._reservation = self._reservation, None
             self._service.engine.abort(reservation)
 
-    def _commit(self) -> None:
-        self._show()
-        self.settle()
-
     def _show(self) -> None:
         """Make visible what is whole."""
         waiting, self._waiting = self._waiting.values(), {}
@@ -155,27 +215,12 @@ class Incoming:
             if status is Status.OK:
                 self._shown.append(reservation.header.rows[reservation.header.present - 1].distortion)
 
-    def _begin(self, header_bytes: memoryview, input_tokens: int) -> None:
-        if not self._service.admitting:
-            raise TransportError(DRAINING)
-        self.open = True
-        engine = self._service.engine
-        self.header = header = _header_of(header_bytes)
-        if header is None:
-            self._refuse()
-            return
-        self._left = header.payload_bytes
-        if len(self._waiting) == MAX_WAITING or header.key in self._waiting or not engine.can_wait(header):
-            self._commit()
+    def _request_of(self, header: BlockHeader, input_tokens: int) -> Request:
+        """The request that the next block belongs to: that of the block before, if it follows on it."""
         if self._request is None or header.parent != self._last_key:
-            self._request = engine.request(input_tokens, block_id(self._owner, header.parent))
-        self._last_key = header.key
-        decision = engine.reserve(header, self._request, self._owner)
-        if isinstance(decision, Status):
-            self._refusal = decision
-            return
-        self._reservation = decision
-        self._writer = BlockWriter(header, decision.layers, self._service.arena)
+            self._request = self._service.engine.request(input_tokens, block_id(self._owner, header.parent))
+            self._last_key = header.parent  # the same block may be asked for again
+        return self._request
 
     def _refuse(self) -> None:
         """The block's bytes do not certify themselves: nothing of it stays."""
@@ -184,7 +229,7 @@ class Incoming:
         self._service.metrics.corrupt_blocks.labels(where="put").inc()
 
 
-def _header_of(data: memoryview) -> BlockHeader | None:
+def header_of(data: memoryview) -> BlockHeader | None:
     """The header that `data` is, None where it is none."""
     try:
         header = BlockHeader.from_bytes(data)
