@@ -75,6 +75,11 @@ class Copies:
         """
         self._rows.extend((to, address, size, _CONTINUE if goes_on else 0))
 
+    def move(self, distance: int) -> None:
+        """Have everything go so many bytes behind where it was to go."""
+        for row in range(0, len(self._rows), 4):
+            self._rows[row] += distance
+
     def make(self) -> Sequence[int]:
         """Copy everything, in order. Returns the CRC-32C of each."""
         if self._rows:

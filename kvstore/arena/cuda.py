@@ -20,7 +20,7 @@ from functools import cache
 import torch
 
 from kvstore.block import Buffer
-from kvstore.checked_copy import copy_checked, prepare
+from kvstore.checked_copy import Copies, copy_checked, prepare
 from kvstore.errors import TransportError
 
 from .device import MARK_BYTES, Arena, sealed_memory
@@ -44,6 +44,7 @@ class CudaArena(Arena):
         self.shared_bytes = self.pages * MARK_BYTES
         self.fd = sealed_memory("concertina-marks", self.shared_bytes)
         self.marks = memoryview(mmap.mmap(self.fd, self.shared_bytes, flags=mmap.MAP_SHARED)).cast("Q")
+        self.address = 0
         self.remote = name_of(self._tensor)
         self._writes, self._reads = (torch.cuda.Stream(device) for _ in range(2))
         self._pieces = [_Piece() for _ in range(PIECES)]
@@ -77,9 +78,19 @@ class CudaArena(Arena):
         self._reads.synchronize()
         return [memoryview(out.numpy()).toreadonly()]
 
+    def copies(self) -> Copies:
+        return _CopiesIn(self)
+
     def close(self) -> None:
         super().close()
         self._tensor = self._tensor[:0]
+
+    def take(self, staged: torch.Tensor, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """Copy ranges (place here, place in `staged`, bytes) of pinned memory in, and wait for it."""
+        with self._writing, torch.cuda.stream(self._writes):
+            for place, at, size in ranges:
+                self._tensor[place : place + size].copy_(staged[at : at + size], non_blocking=True)
+            self._writes.synchronize()
 
     def _store(self, start: int, data: memoryview, crc: int) -> int:
         for at in range(0, len(data), PIECE_BYTES):
@@ -90,6 +101,37 @@ class CudaArena(Arena):
             self._tensor[start + at : start + at + len(part)].copy_(piece.memory[: len(part)], non_blocking=True)
             piece.sent.record()
         return crc
+
+
+class _CopiesIn(Copies):
+    """Copies to an arena: into pinned memory, where they are checked, and from there in as few pieces as can be.
+
+    What lies between two of them there, the end of a page, goes along.
+    """
+
+    def __init__(self, arena: CudaArena) -> None:
+        super().__init__()
+        self._arena = arena
+        self._ranges: list[tuple[int, int, int]] = []
+        self._size = 0
+
+    def add(self, to: int, address: int, size: int, goes_on: bool) -> None:
+        place, at, length = self._ranges[-1] if self._ranges else (0, 0, 0)
+        if length and 0 <= to - place - length < self._arena.page_bytes:
+            self._ranges[-1] = (place, at, to - place + size)
+            self._size = at + to - place + size
+            super().add(at + to - place, address, size, goes_on)
+        else:
+            self._ranges.append((to, self._size, size))
+            super().add(self._size, address, size, goes_on)
+            self._size += size
+
+    def make(self) -> Sequence[int]:
+        staged = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+        self.move(staged.data_ptr())
+        crcs = super().make()
+        self._arena.take(staged, self._ranges)
+        return crcs
 
 
 class _Piece:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore.block import Buffer
-from kvstore.checked_copy import address_of, copy_checked, prepare
+from kvstore.checked_copy import Copies, address_of, copy_checked, prepare
 from kvstore.errors import ConfigError
 from kvstore.settings import format_size
 
@@ -50,8 +50,8 @@ class Arena:
     device: str
     #: One number a page, seen by all who share the memory.
     marks: memoryview
-    #: Where this process sees the pages; None where it does not.
-    address: int | None = None
+    #: Where the pages begin, for `copies`.
+    address: int
     #: Descriptor of the memory that others on this host may map, and its bytes: the marks, and on the CPU before them the pages.
     fd: int = -1
     shared_bytes: int
@@ -97,6 +97,10 @@ class Arena:
             On the CPU read-only views of the arena itself, one a run, valid only as long as the pages are the caller's; on CUDA copies.
         """
         return [self._load(start, size) for start, size in self.pieces(extents, offset, length)]
+
+    def copies(self) -> Copies:
+        """An empty list of copies, to be made in one go: from memory of this process to places behind `address`."""
+        return Copies()
 
     def close(self) -> None:
         """Give the memory back. Views that are still about keep it alive."""

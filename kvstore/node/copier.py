@@ -12,7 +12,6 @@ from contextlib import suppress
 
 from kvstore.arena import Arena, Extent
 from kvstore.block import BlockHeader, Buffer
-from kvstore.checked_copy import Copies
 from kvstore.errors import InvalidInputError
 
 from .config import FRAME_BYTES
@@ -96,11 +95,12 @@ class Copier:
             raise
 
     def write_all(self, blocks: Iterable[tuple[BlockHeader, Layers, int]]) -> set[int]:
-        """Whole payloads, each from an address, into their pages of a CPU arena. The numbers of those that are not as their headers say.
+        """Whole payloads, each from an address, into their pages. The numbers of those that are not as their headers say.
 
         All in one go, since to hand the interpreter's lock over for each costs more than a small copy.
         """
-        copies, sums = Copies(), []  # number of the block, what the CRC must be, and which copy has it: -1 for a layer without bytes
+        copies = self._arena.copies()
+        sums = []  # number of the block, what the CRC must be, and which copy has it: -1 for a layer without bytes
         target, page_bytes = self._arena.address, self._arena.page_bytes
         for number, (header, layers, address) in enumerate(blocks):
             for row, extents in zip(header.rows, layers, strict=False):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 import torch
+from crc32c import crc32c
 
+from kvstore.arena import create
+from kvstore.checked_copy import address_of
 from kvstore.client import ClientConfig, KvClient
 from kvstore.metadata import InprocMetadata
 from kvstore.node.config import NodeConfig
@@ -72,3 +76,17 @@ async def test_what_leaves_the_gpu_is_found_in_host_memory():
         assert node.engine.used_bytes <= 4 * MIB < sum(block.header.total_bytes for blocks in chains for block in blocks)
         for blocks in chains:
             assert same(await fetch(client, await stored(client, blocks)), blocks)
+
+
+def test_copies_into_the_arena_are_checked_and_stay_in_their_pages():
+    arena = create(1 << 20, "cuda", 4096)
+    sources = [np.random.default_rng(n).integers(0, 256, size, dtype=np.uint8) for n, size in enumerate((5000, 100, 4096, 9000))]
+    places, copies = (8192, 16_384, 20_480, 40_960), arena.copies()
+    for place, source in zip(places, sources, strict=True):
+        half = len(source) // 2
+        copies.add(arena.address + place, address_of(source), half, False)
+        copies.add(arena.address + place + half, address_of(source[half:]), len(source) - half, True)
+    assert list(copies.make())[1::2] == [crc32c(source) for source in sources]
+    for place, source in zip(places, sources, strict=True):
+        assert arena.tensor[place : place + len(source)].cpu().numpy().tobytes() == source.tobytes()
+    arena.close()

@@ -145,7 +145,7 @@ class Incoming:
         if len(self._waiting) == MAX_WAITING:
             self.settle()
         room = min(MAX_WAITING - len(self._waiting), MAX_KEYS - len(self.statuses))
-        if self._service.arena.address is None or not self._service.admitting:
+        if not self._service.admitting:
             return 0
         request = self._request_of(*blocks[0][:2])
         run = self._service.engine.reserve_run((header for header, _, _ in blocks[:room]), request, self._owner)
