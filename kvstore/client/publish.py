@@ -1,7 +1,8 @@
 """Write-behind publishing: a bounded queue that sheds what does not fit, and one task that empties it.
 
 The caller never waits. Each round takes a batch, asks the index once which of its blocks are already held as good and where their
-parents are, chooses nodes for the rest, and sends one Put stream to each.
+parents are, chooses nodes for the rest, and sends one Put stream to each. What is little, and can go to one node of this host only, is
+sent to it unasked.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: A batch is tried so often on living nodes before it is given up.
 ATTEMPTS = 3
+#: No more than this is sent to a node of this host without asking the index what it has already.
+UNASKED_BYTES = 8 << 20
 #: Refused blocks that are remembered, so that what follows them is not sent.
 MAX_REFUSED = 16_384
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
@@ -195,10 +198,19 @@ class Publisher:
         self._drop(len(batch), "unavailable")
 
     async def _locate(self, batch: Sequence[_Item]) -> dict[bytes, tuple[Location, ...]]:
-        """Where the batch's blocks are, and the parents that are not in it; one round trip."""
+        """Where the batch's blocks are, and the parents that are not in it; one round trip, or none where `_is_for_node`."""
+        if self._is_for_node(batch):
+            return dict.fromkeys((item.block.header.key for item in batch), ())
         keys = dict.fromkeys(key for item in batch for key in (item.block.header.parent, item.block.header.key))
         keys.pop(NO_PARENT, None)
         return dict(zip(keys, await self._lookup.locate(list(keys)), strict=True))
+
+    def _is_for_node(self, batch: Sequence[_Item]) -> bool:
+        """Whether there is one node alone, on this host, and so little to write that it says sooner than the index what it has."""
+        if self._doors is None or self._refused or not self._membership.available or any(item.copy_to for item in batch):
+            return False
+        nodes = list(self._membership.living().values())
+        return len(nodes) == 1 and self._doors.to(nodes[0]) == "local" and sum(item.size_bytes for item in batch) <= UNASKED_BYTES
 
     def _place(
         self, batch: Iterable[_Item], found: dict[bytes, tuple[Location, ...]], nodes: dict[str, NodeRecord]

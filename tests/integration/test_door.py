@@ -77,6 +77,23 @@ async def test_every_way_brings_the_same_bytes(paths, way, count, size):
         node.engine.check()
 
 
+@pytest.mark.parametrize(("paths", "size", "asks"), [("local", 1000, 0), ("tcp", 1000, 2), ("local", 3 * MIB, 2)])
+async def test_for_little_the_one_node_of_this_host_is_asked_and_not_the_index(monkeypatch, paths, size, asks):
+    async with store(paths) as (node, client):
+        blocks, locate, asked = chain(3, size), client._lookup.locate, []
+
+        async def counted(keys):
+            asked.append(keys)
+            return await locate(keys)
+
+        monkeypatch.setattr(client._lookup, "locate", counted)
+        for _ in range(2):  # the second time they are there already
+            assert client.publish(blocks) == 3 and await client.flush()
+        assert len(asked) == asks
+        assert all(node.engine.table.get(block.header.key) for block in blocks)
+        assert not sum(client.metrics.publish_dropped.labels(why)._value.get() for why in ("no_room", "busy", "corrupt", "unavailable"))
+
+
 @pytest.mark.parametrize("paths", ["tcp", "local"])
 async def test_a_block_that_is_gone_cuts_the_prefix(paths):
     blocks = chain(20, 200_000)
