@@ -61,8 +61,7 @@ class Stage:
                 statuses += line.receive(Kind.STATUSES)
             offer, sources = self._offer(offered % SLOTS * self._slot, self._slot if offered else first, rest)
             line.send([offer])  # the node reads the headers meanwhile
-            for at, source in sources:
-                self._memory[at : at + len(source)] = source
+            self._fill(sources)
             line.send([door.message(Kind.FILLED)])
             offered += 1
         for _ in range(min(offered, SLOTS)):
@@ -83,6 +82,10 @@ class Stage:
             parts += (door.OFFER.pack(tokens, first, at - first, len(header)), header)
             at = -(-at // ALIGNMENT) * ALIGNMENT
         return door.message(Kind.OFFER, *parts), sources
+
+    def _fill(self, sources: Sequence[tuple[int, np.ndarray]]) -> None:
+        for at, source in sources:
+            self._memory[at : at + len(source)] = source
 
 
 class Rest:

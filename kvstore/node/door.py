@@ -194,7 +194,7 @@ class Guest:
             await self._end()
         elif kind is Kind.STAGE and self._peer.family == socket.AF_UNIX and self._stage is None:
             self._open_stage()
-        elif kind is Kind.OFFER and self._stage is not None and self._service.admitting:
+        elif kind is Kind.OFFER and self._stage is not None and self._offered is None and self._service.admitting:
             self._begin_writing()
             self._offered = self._stage.look(body)
         elif kind is Kind.FILLED and self._stage is not None and self._offered is not None:

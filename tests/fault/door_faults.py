@@ -92,11 +92,10 @@ class FlipStage(Fault):
     async def inject(self, system: System) -> None:
         fill = Stage._fill
 
-        def spoil(stage: Stage, start: int, limit: int, rest) -> bytes:
-            message = fill(stage, start, limit, rest)
+        def spoil(stage: Stage, sources) -> None:
+            fill(stage, sources)
             if _rng.random() < 0.3:
-                stage._memory[start + _rng.randrange(1000)] ^= 1 << _rng.randrange(8)
-            return message
+                stage._memory[sources[0][0] + _rng.randrange(1000)] ^= 1 << _rng.randrange(8)
 
         self._patch = patch.object(Stage, "_fill", spoil)
         self._patch.start()

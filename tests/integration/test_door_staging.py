@@ -159,9 +159,11 @@ async def test_offers_that_are_none_end_the_connection() -> None:
             [door.OFFER.pack(0, 0, 4000, len(header) + 1), header],
             [door.OFFER.pack(0, 0, 4000, 0)],
             [b"short"],
+            door.message(Kind.FILLED),
+            2 * door.message(Kind.OFFER, door.OFFER.pack(0, 0, 4000, len(header)), header),
         ):
             guest, _ = await asyncio.to_thread(guest_of, node)
-            await asyncio.to_thread(guest.send, [offer(*parts)])
+            await asyncio.to_thread(guest.send, [offer(*parts) if isinstance(parts, list) else parts])
             with pytest.raises(OSError):
                 await asyncio.to_thread(guest.receive, Kind.STATUSES)
             guest.close()

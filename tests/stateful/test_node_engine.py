@@ -104,7 +104,8 @@ class NodeMachine(RuleBasedStateMachine):
     # ---- writers
 
     @rule(
-        target=writing, number=KEYS, layers=st.integers(1, 3), error=st.sampled_from([0.4, 0.1]), clean=st.booleans(), depth=st.integers(0, 1)
+        target=writing, number=KEYS, layers=st.integers(1, 3),
+        error=st.sampled_from([0.4, 0.1]), clean=st.booleans(), depth=st.integers(0, 1),
     )  # fmt: skip
     def reserve(self, number: int, layers: int, error: float, clean: bool, depth: int):
         header = header_of(number, layers, error, clean, depth)
@@ -141,7 +142,8 @@ class NodeMachine(RuleBasedStateMachine):
         token = next(self.tokens)
         self.fill(reservation.layers, token)
         key, old = reservation.header.key, self.model.get(reservation.header.key)
-        assert (status := self.engine.outcome(reservation)) is self.engine.commit(reservation)
+        status = self.engine.outcome(reservation)
+        assert status is self.engine.commit(reservation)
         if status is Status.OK:
             assert key not in self.protected(), "a pinned or leased block is not replaced"
             self.model[key] = Known(reservation.header, token)
