@@ -135,6 +135,7 @@ class TransformersEngine(Engine):
         find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock, rows)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
+            probe.shapes = runner.shapes
             warm_up(probe, loaded.vocab_size)
         if config.cuda_graphs and runner.forwards is not None:
             from .cuda.recording import use_recordings

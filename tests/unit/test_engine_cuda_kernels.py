@@ -133,9 +133,26 @@ for window in (None, 50):
         assert torch.equal(run(True, 8, [(0, number, start, 1)], 256, window)[number], together[number])
 """
 
+NORMS = """
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from services.engine.cuda.norms import fitting
 
-@pytest.mark.parametrize("program", [TILES, TOKENS, ALONE], ids=["tiles", "tokens", "alone"])
-def test_interpreted_kernels_attend_as_torch_does(program: str) -> None:
+for kind, ones in ((LlamaRMSNorm, 1), (Gemma3RMSNorm, 0)):
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = kind(72, eps=1e-3).to(dtype).requires_grad_(False)
+        norm.weight.copy_(ones + torch.randn(72) / 4)
+        ours, x = fitting(norm), torch.randn(2, 5, 3, 72).to(dtype)
+        assert ours.rounds == ones and ours(x).dtype == dtype
+        near = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours(x), norm(x), rtol=2 * near, atol=near)
+        assert torch.equal(ours(x[:1, 2:4]), ours(x)[:1, 2:4])
+assert fitting(torch.nn.LayerNorm(8)) is None
+"""
+
+
+@pytest.mark.parametrize("program", [TILES, TOKENS, ALONE, NORMS], ids=["tiles", "tokens", "alone", "norms"])
+def test_interpreted_kernels_do_as_torch_does(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMMON + program + "print('equal')"], env=environment(TRITON_INTERPRET="1"), capture_output=True,
         text=True, timeout=300, check=False,

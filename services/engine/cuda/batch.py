@@ -16,7 +16,7 @@ from .kernels import attend_parts, attend_tiles, merge_parts, write_rows
 PART = 512
 #: Parts that are merged at a time.
 PARTS_AT_ONCE = 16
-#: Query heads from which on there are enough programs for each to take more rows of a tile.
+#: Query heads from which on there are enough programs for each to take more rows of a tile, of 16-bit numbers.
 MANY_HEADS = 24
 #: Bytes of a channel row up to which a program takes 64 keys at a time; beyond, they would not fit beside each other.
 WIDE_ROW_BYTES = 512
@@ -70,7 +70,7 @@ class Batch:
         frame, shape, heads = self._frame, self._frame.shape, k_cache.shape[0]
         out_NQD = torch.zeros((q_QND.shape[1], q_QND.shape[0], q_QND.shape[2]), dtype=q_QND.dtype, device=q_QND.device)
         groups = q_QND.shape[0] // heads
-        block_m = 64 if q_QND.shape[0] >= MANY_HEADS and self._keys["BLOCK_N"] == 64 else 32
+        block_m = 64 if q_QND.shape[0] >= MANY_HEADS and q_QND.itemsize == 2 else 32
         attend_tiles[(triton.cdiv(frame.page * groups, block_m), heads, shape.spans)](
             q_QND, out_NQD, k_cache, v_cache, frame.begins, frame.counts, frame.starts, frame.tables, shape.pages, k_cache.stride(0),
             q_QND.stride(0), q_QND.stride(1), out_NQD.stride(0), scale_log2,
