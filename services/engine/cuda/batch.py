@@ -57,14 +57,14 @@ class Batch:
         Tensor [N, Q, D], the query's dtype; 0 in rows of padding.
         """
         self.windowed |= bool(window)
-        q_QND, k_HND, v_HND = (x[0] if x.stride(3) == 1 else x[0].contiguous() for x in (query, key, value))
         k_cache, v_cache = self._pool.k_LHPTD[layer], self._pool.v_LHPTD[layer]
+        q_QND, k_HND, v_HND = ((x[0] if x.stride(3) == 1 else x[0].contiguous()).to(k_cache.dtype) for x in (query, key, value))
         write_rows[(k_HND.shape[1], k_HND.shape[0])](
             k_HND, v_HND, k_cache, v_cache, self._frame.slots, k_cache.stride(0), k_HND.stride(0), k_HND.stride(1), v_HND.stride(0),
             v_HND.stride(1), **self._blocks, num_warps=1,
         )  # fmt: skip
         attend = self._attend_tokens if self._frame.shape.tokens else self._attend_tiles
-        return attend(q_QND, k_cache, v_cache, scale * math.log2(math.e), window or 0)
+        return attend(q_QND, k_cache, v_cache, scale * math.log2(math.e), window or 0).to(query.dtype)
 
     def _attend_tiles(self, q_QND, k_cache, v_cache, scale_log2, window) -> torch.Tensor:
         frame, shape, heads = self._frame, self._frame.shape, k_cache.shape[0]
