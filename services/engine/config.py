@@ -48,7 +48,7 @@ class EngineConfig:
         The same while streams are running; it bounds how late a cancellation or a deadline is noticed.
     prefill_rows : int
         Rows of every prefill step on a GPU, where it costs the same however many tiles are in it; rounded down to a power of two times
-        `block_tokens`.
+        `block_tokens`, at most `prefill_tiles` tiles. 0 chooses by the size of the model.
     cuda_graphs : bool
         Whether steps on a GPU are recorded once and replayed, where that is possible and gives the same bits.
     store_floor_s, store_ceiling_s : float
@@ -76,7 +76,7 @@ class EngineConfig:
     max_context: int = 0
     prefill_tiles: int = 16
     busy_prefill_tiles: int = 2
-    prefill_rows: int = 256
+    prefill_rows: int = 0
     cuda_graphs: bool = True
     store_floor_s: float = 0.05
     store_ceiling_s: float = 10.0
@@ -92,7 +92,7 @@ class EngineConfig:
         for name, low, high in (
             ("threads", 0, 1024), ("block_tokens", 1, 4096), ("max_batch", 1, 1024), ("max_queue", 0, 1 << 20), ("max_context", 0, 1 << 24),
             ("max_live_tokens", 0, 1 << 40), ("prefill_tiles", 1, 1024), ("busy_prefill_tiles", 1, 1024),
-            ("publish_queue_blocks", 0, 1 << 24), ("prefill_rows", 1, 1 << 16),
+            ("publish_queue_blocks", 0, 1 << 24), ("prefill_rows", 0, 1 << 16),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:

@@ -183,7 +183,8 @@ class Core:
                 self._publish(job, len(job.spec.tokens))
                 self._next_token(job, logits[row], best[row])
         rows = sum(len(tile.tokens) for tile in tiles)
-        if rows % self._runner.tile == 0 and not waited:  # few rows have a rate of their own
+        full = self._runner.shapes.prefill or self._runner.tile
+        if rows % full == 0 and not waited:  # few rows have a rate of their own
             self._rates.prefilled(rows, self._clock.now() - began)
 
     def _end_coming(self, ids: set[str]) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from kvstore.errors import ConfigError, InvalidInputError
 from kvstore.layout import DTYPES, KVLayout
 
+from . import cuda
 from .attention import NAME, register
 from .config import EngineConfig
 from .cpu.gated import use_gated_mlps
@@ -70,6 +71,11 @@ def load(config: EngineConfig) -> Loaded:
         use_row_products(model, config.block_tokens)
         use_row_norms(model)
         use_gated_mlps(model)
+        if config.device.startswith("cuda") and cuda.has_triton():
+            from .cuda.norms import use_row_norms as use_row_norms_on_gpu
+
+            with torch.cuda.device(model.device):
+                use_row_norms_on_gpu(model)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except InvalidInputError as error:
         raise ConfigError(f"{path.name} cannot be served: {error}") from error

@@ -68,6 +68,7 @@ def find_shapes(
     quantum, widest = _decode_counts(runner, reference, rows, (count,) if prefill else QUANTA)
     reference.release()
     shapes = Shapes(tuple(agreeing), quantum, min(widest, -(-max_rows // quantum) * quantum), prefill)
+    rate *= max(1, prefill // runner.tile)  # a step of one tile took as long as one of all that it has places for
     log.info("rows keep their bits in %s tiles of %d, and in multiples of %d up to %d", agreeing, runner.tile, quantum, shapes.rows)
     return shapes, rate
 

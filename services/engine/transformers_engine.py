@@ -123,7 +123,8 @@ class TransformersEngine(Engine):
         runner = Runner(loaded.model, LivePool(loaded.layout, max(1, room // size), size, device))
         most = max(1, min(config.prefill_tiles, loaded.context_window // config.block_tokens))
         tiles = {min(most, config.busy_prefill_tiles), *(most >> halved for halved in range(most.bit_length()))}
-        if rows := cuda.prefill_rows(device, runner.tile, most, config.prefill_rows):
+        weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+        if rows := cuda.prefill_rows(device, runner.tile, most, config.prefill_rows, weights):
             tiles = set(range(1, rows // runner.tile + 1))
         digest = fingerprint(Path(config.model))
         facts = machine(config.device) | {
@@ -135,6 +136,7 @@ class TransformersEngine(Engine):
         find = partial(find_shapes, probe, loaded.vocab_size, tiles, config.max_batch, self._clock, rows)
         runner.shapes, rate, known = remembered_shapes(facts, find)
         if known:
+            probe.shapes = runner.shapes
             warm_up(probe, loaded.vocab_size)
         if config.cuda_graphs and runner.forwards is not None:
             from .cuda.recording import use_recordings

@@ -11,6 +11,7 @@ import torch
 
 from services.engine.base import CacheMode
 from tests.engine_support import FAMILIES, MemoryStore, answer, make_model, prompt, published, reference, running, spec
+from tests.unit.test_engine_cuda_kernels import ALONE, NORMS, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 LENGTHS = (17, 40, 90, 130)
@@ -34,8 +35,22 @@ async def test_greedy_answers_are_the_same_token_for_token(family, dtype, tmp_pa
         assert want == [reference(path, p, 8) for p in prompts]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", FAMILIES)
+#: Products of 16-bit numbers by tensor cores, heads of other sizes than powers of two, and parts of keys.
+KERNELS = """
+for dtype in (torch.bfloat16, torch.float32):
+    check(False, 256, [(0, 128, 64), (64, 0, 64), (128, 192, 7)], 3, 9, 64, 64, dtype)
+    check(True, 8, [(0, 1300, 1), (1, 511, 1), (2, 512, 1), (3, 70, 1)], 3, 9, 64, 64, dtype, pages=32)
+check(False, 256, [(0, 128, 64), (64, 448, 64)], 2, 32, 80, 64, torch.bfloat16, window=100)
+check(True, 8, [(0, 1300, 1), (1, 511, 1)], 2, 32, 80, 64, torch.bfloat16, window=600, pages=32)
+"""
+
+
+@pytest.mark.parametrize("program", [KERNELS, ALONE, NORMS], ids=["attend", "alone", "norms"])
+def test_kernels_do_as_torch_does(program):
+    run(program, "cuda")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt_neox", "float32"), ("gemma3", "float16")])
 async def test_replayed_steps_answer_as_launched_ones(family, dtype, tmp_path, caplog):
     path, prompts = make_model(family, tmp_path), [prompt(n, seed=n) for n in LENGTHS]
     answers = []

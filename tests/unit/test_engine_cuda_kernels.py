@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 #: Run in processes of their own: Triton decides on import whether it interprets. Interpreted, it has no products of bfloat16.
 COMMON = """
 import torch
+DEVICE = torch.device("NAME")
+torch.set_default_device(DEVICE)
 from kvstore.layout import KVLayout
 from services.engine.cuda.batch import Batch
 from services.engine.cuda.frame import Frame, Shape, Span
@@ -45,7 +47,7 @@ def wanted(before, kv, layer, start, q, k, v, window):
 def check(tokens, rows, spans, heads, queries, dim, page, dtype, window=None, pages=16, tolerance=None):
     # `spans` are (row, start, count), each of a request of its own; rows of no span are padding.
     layout = KVLayout(layers=2, kv_heads=heads, head_dim=dim, dtype=dtype)
-    pool = LivePool(layout, 64, page, torch.device("cpu"))
+    pool = LivePool(layout, 64, page, DEVICE)
     for x in (pool.k_LHPTD, pool.v_LHPTD):
         x.copy_(torch.randn(x.shape))
         x[:, :, :4] = float("nan")  # nobody's pages
@@ -104,8 +106,8 @@ ALONE = """
 # The bits of a request do not depend on company, on places of rows, on how many rows a tile has, or on the size of the tables.
 def run(tokens, rows, spans, pages, window):
     layout = KVLayout(layers=1, kv_heads=2, head_dim=16, dtype=torch.float32)
-    pool = LivePool(layout, 64, 16, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(1)
+    pool = LivePool(layout, 64, 16, DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     for x in (pool.k_LHPTD, pool.v_LHPTD):
         x.copy_(torch.randn(x.shape, generator=generator))
     stored = torch.randn(3, 16, 8, 16, generator=generator)
@@ -133,11 +135,33 @@ for window in (None, 50):
         assert torch.equal(run(True, 8, [(0, number, start, 1)], 256, window)[number], together[number])
 """
 
+NORMS = """
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from services.engine.cuda.norms import fitting
 
-@pytest.mark.parametrize("program", [TILES, TOKENS, ALONE], ids=["tiles", "tokens", "alone"])
-def test_interpreted_kernels_attend_as_torch_does(program: str) -> None:
+for kind, ones in ((LlamaRMSNorm, 1), (Gemma3RMSNorm, 0)):
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = kind(72, eps=1e-3).to(dtype).requires_grad_(False)
+        norm.weight.copy_(ones + torch.randn(72) / 4)
+        ours, x = fitting(norm), torch.randn(2, 5, 3, 72).to(dtype)
+        assert ours.rounds == ones and ours(x).dtype == dtype
+        near = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours(x), norm(x), rtol=2 * near, atol=near)
+        assert torch.equal(ours(x[:1, 2:4]), ours(x)[:1, 2:4])
+assert fitting(torch.nn.LayerNorm(8)) is None
+"""
+
+
+def run(program: str, device: str, **variables: str) -> None:
+    """`program` after `COMMON`, in a process of its own."""
+    text = COMMON.replace("NAME", device) + program + "print('equal')"
     done = subprocess.run(
-        [sys.executable, "-c", COMMON + program + "print('equal')"], env=environment(TRITON_INTERPRET="1"), capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", text], env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("program", [TILES, TOKENS, ALONE, NORMS], ids=["tiles", "tokens", "alone", "norms"])
+def test_interpreted_kernels_do_as_torch_does(program: str) -> None:
+    run(program, "cpu", TRITON_INTERPRET="1")

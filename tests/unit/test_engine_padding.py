@@ -101,8 +101,12 @@ def test_padding_is_kept_while_tiles_agree_in_all_places(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tile", "tiles", "rows", "want"), [(64, 16, 256, 256), (64, 3, 256, 128), (16, 16, 200, 128), (512, 16, 256, 512)]
-)
-def test_rows_are_a_power_of_two_times_the_tile(tile, tiles, rows, want):
-    assert prefill_rows(torch.device("cuda"), tile, tiles, rows) == want
-    assert prefill_rows(torch.device("cpu"), tile, tiles, rows) == 0
+    ("tile", "tiles", "rows", "weights", "want"),
+    [
+        (64, 16, 256, 1, 256), (64, 3, 256, 1, 128), (16, 16, 200, 1, 128), (512, 16, 256, 1, 512),
+        (64, 16, 0, 10**6, 1024), (64, 16, 0, 5 * 10**8, 512), (64, 16, 0, 8 * 10**9, 256),
+    ],
+)  # fmt: skip
+def test_rows_are_a_power_of_two_times_the_tile(tile, tiles, rows, weights, want):
+    assert prefill_rows(torch.device("cuda"), tile, tiles, rows, weights) == want
+    assert prefill_rows(torch.device("cpu"), tile, tiles, rows, weights) == 0

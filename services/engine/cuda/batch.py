@@ -16,7 +16,7 @@ from .kernels import attend_parts, attend_tiles, merge_parts, write_rows
 PART = 512
 #: Parts that are merged at a time.
 PARTS_AT_ONCE = 16
-#: Query heads from which on there are enough programs for each to take more rows of a tile.
+#: Query heads from which on there are enough programs for each to take more rows of a tile, of 16-bit numbers.
 MANY_HEADS = 24
 #: Bytes of a channel row up to which a program takes 64 keys at a time; beyond, they would not fit beside each other.
 WIDE_ROW_BYTES = 512
@@ -57,20 +57,20 @@ class Batch:
         Tensor [N, Q, D], the query's dtype; 0 in rows of padding.
         """
         self.windowed |= bool(window)
-        q_QND, k_HND, v_HND = (x[0] if x.stride(3) == 1 else x[0].contiguous() for x in (query, key, value))
         k_cache, v_cache = self._pool.k_LHPTD[layer], self._pool.v_LHPTD[layer]
+        q_QND, k_HND, v_HND = ((x[0] if x.stride(3) == 1 else x[0].contiguous()).to(k_cache.dtype) for x in (query, key, value))
         write_rows[(k_HND.shape[1], k_HND.shape[0])](
             k_HND, v_HND, k_cache, v_cache, self._frame.slots, k_cache.stride(0), k_HND.stride(0), k_HND.stride(1), v_HND.stride(0),
             v_HND.stride(1), **self._blocks, num_warps=1,
         )  # fmt: skip
         attend = self._attend_tokens if self._frame.shape.tokens else self._attend_tiles
-        return attend(q_QND, k_cache, v_cache, scale * math.log2(math.e), window or 0)
+        return attend(q_QND, k_cache, v_cache, scale * math.log2(math.e), window or 0).to(query.dtype)
 
     def _attend_tiles(self, q_QND, k_cache, v_cache, scale_log2, window) -> torch.Tensor:
         frame, shape, heads = self._frame, self._frame.shape, k_cache.shape[0]
         out_NQD = torch.zeros((q_QND.shape[1], q_QND.shape[0], q_QND.shape[2]), dtype=q_QND.dtype, device=q_QND.device)
         groups = q_QND.shape[0] // heads
-        block_m = 64 if q_QND.shape[0] >= MANY_HEADS and self._keys["BLOCK_N"] == 64 else 32
+        block_m = 64 if q_QND.shape[0] >= MANY_HEADS and q_QND.itemsize == 2 else 32
         attend_tiles[(triton.cdiv(frame.page * groups, block_m), heads, shape.spans)](
             q_QND, out_NQD, k_cache, v_cache, frame.begins, frame.counts, frame.starts, frame.tables, shape.pages, k_cache.stride(0),
             q_QND.stride(0), q_QND.stride(1), out_NQD.stride(0), scale_log2,

@@ -53,7 +53,7 @@ class Frame:
         self.shape, self.page = shape, page
         sizes = [shape.rows] * 3 + [shape.wanted] + [shape.spans] * 3 + [shape.spans * shape.pages]
         whole = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-        self._host = torch.zeros(sum(whole), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(sum(whole), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(whole), dtype=torch.int64, device=device)
         self.ids, self.positions, self.slots, self.wanted, self.begins, self.counts, self.starts, tables = (
             part[:size] for part, size in zip(self._device.split(whole), sizes, strict=True)
