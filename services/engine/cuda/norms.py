@@ -58,7 +58,7 @@ def fitting(module: nn.Module) -> RowNorm | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or weight.dim() != 1:
         return None
-    noise = torch.randn((3, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight)
+    noise = torch.randn((3, len(weight)), generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     near = 4 * torch.finfo(weight.dtype).eps
     for ours in (RowNorm(weight.detach(), eps, rounds=True), RowNorm(1 + weight.detach().float(), eps, rounds=False)):
         if torch.allclose(ours(noise), module(noise), rtol=near, atol=near):
