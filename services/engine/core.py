@@ -233,7 +233,7 @@ class Core:
         if job.step <= len(job.output):  # said before a preemption
             self._press(job)
             return
-        token = job.sampler.choose(logits, best, len(job.spec.tokens) + len(job.output))
+        token = job.sampler.choose(logits, len(job.spec.tokens) + len(job.output), best)
         job.output.append(token)
         now = self._clock.now()
         if job.last_token is None:

@@ -27,18 +27,18 @@ class Sampler:
     def __init__(self, params: SamplingParams, seed: int) -> None:
         self.params, self.seed = params, seed
 
-    def choose(self, logits: torch.Tensor, likeliest: int, place: int) -> int:
+    def choose(self, logits: torch.Tensor, place: int, best: int | None = None) -> int:
         """The token at `place` of the sequence, prompt included.
 
         Parameters
         ----------
         logits : Tensor [vocabulary], float32
-        likeliest : int
-            As `likeliest` gives it for these logits.
+        best : int, optional
+            What `likeliest` gives for these logits, where it was asked for many rows at once.
         """
         p = self.params
         if p.temperature == 0:
-            return likeliest
+            return int(logits.argmax()) if best is None else best
         probabilities, tokens = torch.softmax(logits.double() / p.temperature, -1).sort(descending=True, stable=True)
         if p.top_k:
             probabilities, tokens = probabilities[: p.top_k], tokens[: p.top_k]
