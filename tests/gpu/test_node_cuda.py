@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -12,30 +11,17 @@ from crc32c import crc32c
 
 from kvstore.arena import create
 from kvstore.checked_copy import address_of
-from kvstore.client import ClientConfig, KvClient
-from kvstore.metadata import InprocMetadata
-from kvstore.node.config import NodeConfig
-from kvstore.node.node import StoreNode
 from tests.client_support import chain
+from tests.integration import test_door
 from tests.integration.test_door import fetch, same, stored
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 MIB = 1 << 20
 
 
-@asynccontextmanager
-async def store(paths="local,tcp", arena=64 * MIB, **config):
+def store(paths="local,tcp", arena=64 * MIB, **node):
     """A node on the GPU and a client that share metadata in process."""
-    metadata = InprocMetadata()
-    node = StoreNode(NodeConfig(arena=arena, device="cuda", heartbeat_s=0.05, **config), metadata)
-    await node.start()
-    client = KvClient(ClientConfig(paths=paths, refresh_s=0.05), metadata=metadata)
-    try:
-        await client.start()
-        yield node, client
-    finally:
-        await client.close()
-        await node.stop()
+    return test_door.store(paths, arena, node={"device": "cuda", **node})
 
 
 @pytest.mark.parametrize("paths", ["", "tcp", "local", "local,tcp"])

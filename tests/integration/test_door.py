@@ -24,10 +24,10 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def store(paths="local,tcp", arena=64 * MIB, credentials=None, **config):
-    """A node and a client that share metadata in process."""
+async def store(paths="local,tcp", arena=64 * MIB, credentials=None, node=None, **config):
+    """A node and a client that share metadata in process; `node` are further options of the one, `config` of the other."""
     metadata = InprocMetadata()
-    node = StoreNode(NodeConfig(arena=arena, heartbeat_s=0.05), metadata)
+    node = StoreNode(NodeConfig(arena=arena, heartbeat_s=0.05, **(node or {})), metadata)
     await node.start()
     if credentials:
         node.service.credentials = credentials

@@ -18,6 +18,7 @@ from kvstore.client import ClientConfig, Hit, KvClient
 from kvstore.codecs import Codec, EncodedBlock, create
 from kvstore.errors import TransportError
 from kvstore.identity import NO_PARENT, block_keys
+from services.engine.reader import DECODE_BLOCKS
 
 from ..base import Result, log, relative_speed, take_turns
 from .base import NAMESPACE, Values
@@ -25,8 +26,6 @@ from .party import servers
 from .plain_tcp import PlainTcp
 
 BLOCK_TOKENS = 64
-#: Blocks decoded in one call, as the engine does, by kind of device.
-DECODE_BLOCKS = {"cpu": 8, "cuda": 32}
 #: Ways beside gRPC that the client may take, by the name in results.
 PATHS = {"grpc": "", "tcp": "tcp", "same_host": "local"}
 CODECS: dict[str, dict[str, Any]] = {"raw": {}, "int8": {}, "transform": {"ratio": 16.0}}

@@ -13,6 +13,8 @@ import torch
 from numba import float32, njit, prange
 from torch import nn
 
+from services.engine.norms import replace_norms, same_on_noise, weight_and_eps
+
 from .elements import JIT, float32_at
 
 #: Rows from which on threads share the work.
@@ -65,21 +67,18 @@ class RowNorm(nn.Module):
         return out
 
 
-@torch.inference_mode()
-def use_row_norms(model: nn.Module) -> None:
-    """Replace those modules of `model` that are RMSNorms in float32 on the CPU by `RowNorm`.
+def fitting(module: nn.Module) -> RowNorm | None:
+    """What may stand for `module`, if it is an RMSNorm in float32 on the CPU."""
+    found = weight_and_eps(module)
+    if found is None or found[0].device.type != "cpu" or found[0].dtype != torch.float32:
+        return None
+    weight, eps = found
+    for ours in (RowNorm(weight, eps), RowNorm(1 + weight, eps)):
+        if same_on_noise(ours, module, rtol=1e-5, atol=1e-6):
+            return ours
+    return None
 
-    Models define their own; some scale by 1 + weight. Which it is, if any of these, a module tells by what it makes of noise.
-    """
-    for name, module in list(model.named_modules()):
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or weight.dim() != 1:
-            continue
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            continue
-        noise = torch.randn((3, len(weight)), generator=torch.Generator().manual_seed(0))
-        for factors in (weight.detach(), 1 + weight.detach()):
-            ours = RowNorm(factors, eps)
-            if torch.allclose(ours(noise), module(noise), rtol=1e-5, atol=1e-6):
-                model.set_submodule(name, ours)
-                break
+
+def use_row_norms(model: nn.Module) -> None:
+    """Replace those modules of `model` that are RMSNorms in float32 on the CPU by `RowNorm`."""
+    replace_norms(model, fitting)

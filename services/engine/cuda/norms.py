@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from services.engine.norms import replace_norms, same_on_noise, weight_and_eps
+
 #: Channels from which on a row has eight warps.
 _WIDE = 2048
 
@@ -55,19 +57,16 @@ class RowNorm(nn.Module):
 @torch.inference_mode()
 def fitting(module: nn.Module) -> RowNorm | None:
     """What may stand for `module`, if it is an RMSNorm that makes the same of noise: some scale by 1 + weight."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or weight.dim() != 1:
+    if (found := weight_and_eps(module)) is None:
         return None
-    noise = torch.randn((3, len(weight)), generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
+    weight, eps = found
     near = 4 * torch.finfo(weight.dtype).eps
-    for ours in (RowNorm(weight.detach(), eps, rounds=True), RowNorm(1 + weight.detach().float(), eps, rounds=False)):
-        if torch.allclose(ours(noise), module(noise), rtol=near, atol=near):
+    for ours in (RowNorm(weight, eps, rounds=True), RowNorm(1 + weight.float(), eps, rounds=False)):
+        if same_on_noise(ours, module, near, near):
             return ours
     return None
 
 
 def use_row_norms(model: nn.Module) -> None:
     """Replace those modules of `model`, which is on a GPU, that are RMSNorms."""
-    for name, module in list(model.named_modules()):
-        if (ours := fitting(module)) is not None:
-            model.set_submodule(name, ours)
+    replace_norms(model, fitting)
