@@ -186,31 +186,38 @@ class Publisher:
         while batch and failures < ATTEMPTS:
             nodes = self._membership.living()
             try:
-                found = await self._locate(batch) if nodes else None
+                shares = await self._share(batch, nodes) if nodes else None
             except ConcertinaError:
-                found = None
-            if found is None:  # nobody there: wait, while the bounded queue sheds what is new
+                shares = None
+            if shares is None:  # nobody there: wait, while the bounded queue sheds what is new
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
                 continue
-            batch = await self._send(list(self._place(batch, found, nodes)))
+            left = await asyncio.gather(*(self._put(node, items) for node, items in shares))
+            batch = [item for items in left for item in items]
             failures += 1
         self._drop(len(batch), "unavailable")
 
-    async def _locate(self, batch: Sequence[_Item]) -> dict[bytes, tuple[Location, ...]]:
-        """Where the batch's blocks are, and the parents that are not in it; one round trip, or none where `_is_for_node`."""
-        if self._is_for_node(batch):
-            return dict.fromkeys((item.block.header.key for item in batch), ())
+    async def _share(self, batch: list[_Item], nodes: dict[str, NodeRecord]) -> Iterable[tuple[NodeRecord, list[_Item]]]:
+        """Which node gets what: the only one all of it if it is to be asked itself, else by the index, in one round trip."""
+        if (node := self._to_ask(batch, nodes)) is not None:
+            return [(node, batch)]
         keys = dict.fromkeys(key for item in batch for key in (item.block.header.parent, item.block.header.key))
         keys.pop(NO_PARENT, None)
-        return dict(zip(keys, await self._lookup.locate(list(keys)), strict=True))
+        found = dict(zip(keys, await self._lookup.locate(list(keys)), strict=True))
+        shares: dict[str, tuple[NodeRecord, list[_Item]]] = {}
+        for node, item in self._place(batch, found, nodes):
+            shares.setdefault(node.incarnation, (node, []))[1].append(item)
+        return shares.values()
 
-    def _is_for_node(self, batch: Sequence[_Item]) -> bool:
-        """Whether there is one node alone, on this host, and so little to write that it says sooner than the index what it has."""
-        if self._doors is None or self._refused or not self._membership.available or any(item.copy_to for item in batch):
-            return False
-        nodes = list(self._membership.living().values())
-        return len(nodes) == 1 and self._doors.to(nodes[0]) == "local" and sum(item.size_bytes for item in batch) <= UNASKED_BYTES
+    def _to_ask(self, batch: Sequence[_Item], nodes: dict[str, NodeRecord]) -> NodeRecord | None:
+        """The node that says sooner than the index what of the batch it has: alone, on this host, and there is little to write."""
+        if len(nodes) != 1 or self._doors is None or self._refused or not self._membership.available:
+            return None
+        (node,) = nodes.values()
+        if self._doors.to(node) != "local" or any(item.copy_to for item in batch):
+            return None
+        return node if sum(item.size_bytes for item in batch) <= UNASKED_BYTES else None
 
     def _place(
         self, batch: Iterable[_Item], found: dict[bytes, tuple[Location, ...]], nodes: dict[str, NodeRecord]
@@ -239,15 +246,8 @@ class Publisher:
             home = self._placement.choose([item.block.header.key for item in run], size, homes.get(first.parent), first.parent)
             yield from ((nodes[home], item) for item in run)
 
-    async def _send(self, placed: list[tuple[NodeRecord, _Item]]) -> list[_Item]:
-        """One Put stream to each node, side by side. Returns what a failing node did not take."""
-        by_node: dict[str, tuple[NodeRecord, list[_Item]]] = {}
-        for node, item in placed:
-            by_node.setdefault(node.incarnation, (node, []))[1].append(item)
-        left = await asyncio.gather(*(self._put(node, items) for node, items in by_node.values()))
-        return [item for items in left for item in items]
-
     async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
+        """One Put stream. Returns what a failing node did not take."""
         try:
             statuses = await self._put_through_door(node, items)
             if statuses is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class SharedMemory:
         """
         if not marks:
             return 0
-        places, states = np.array(marks, np.uint64).T
+        places, states = np.fromiter(chain.from_iterable(marks), np.uint64, 2 * len(marks)).reshape(-1, 2).T
         if int(places.max()) // MARK_BYTES >= len(self._marks):
             raise CorruptBlockError("a plan of the door does not fit its arena")
         lost = self._marks[places // MARK_BYTES] != states

@@ -230,8 +230,8 @@ class Guest:
         request = engine.reading(ids, tokens)
         plan = engine.look(ids, 0)
         spill = self._service.spill
-        # What a tier has more of is for a Get call, which reads it there.
-        plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
+        if spill:  # what a tier has more of is for a Get call, which reads it there
+            plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
         return plan, request
 
     async def _plan(self, body: memoryview) -> None:

@@ -28,6 +28,10 @@ class Requests:
         self._numbers = itertools.count(1)
         self._by_block: OrderedDict[bytes, Request] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Blocks remembered."""
+        return len(self._by_block)
+
     def begin(self, input_tokens: int = 0, after: bytes | None = None) -> Request:
         """The request of a call that begins now.
 
@@ -50,5 +54,10 @@ class Requests:
         for id in ids:
             self._by_block[id] = request
             self._by_block.move_to_end(id)
-        while len(self._by_block) > MAX_BLOCKS:
-            self._by_block.popitem(last=False)
+        self._forget(request.now - JOIN_S)
+
+    def _forget(self, before: float) -> None:
+        """Let go of what no call can join any more, and of the oldest of too many."""
+        blocks = self._by_block
+        while blocks and (len(blocks) > MAX_BLOCKS or next(iter(blocks.values())).now < before):
+            blocks.popitem(last=False)

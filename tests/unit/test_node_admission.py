@@ -69,6 +69,23 @@ def test_calls_of_one_prompt_are_one_request() -> None:
     assert requests.count == 5
 
 
+def test_blocks_that_no_call_can_join_are_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr("kvstore.node.requests.MAX_BLOCKS", 3)
+    clock = ManualClock()
+    requests = Requests(clock)
+    requests.used(requests.begin(1000), [b"a", b"b"])
+    clock.advance(59.0)
+    requests.used(requests.begin(1000), [b"c"])
+    assert len(requests) == 3
+    requests.used(requests.begin(1000), [b"d"])
+    assert len(requests) == 3, "the oldest of too many"
+    assert requests.begin(1000, b"b").seq == 1
+    clock.advance(2.0)
+    requests.used(requests.begin(1000, b"c"), [b"c"])
+    assert len(requests) == 2, "the oldest has been let go, what was used again has not"
+    assert requests.begin(1000, b"c").seq == 2
+
+
 def test_a_block_below_the_waterline_is_not_admitted_but_remembered() -> None:
     node = Node(8)
     assert [node.put(number) for number in range(8)] == [Status.OK] * 8
