@@ -20,6 +20,8 @@ from .reuse import EDGES_S
 #: Of blocks alike in class and age the deeper is worth less, by half at this depth: over many nodes a chain is then given up from its tail.
 DEPTH_SCALE = 3000.0
 _CELLS, _YOUNG = 48, 16
+#: More than any block costs by its curve: what is kept is worth that times 1 / (age + 1 s).
+_KEPT = 1e9
 _NONE = -1
 
 
@@ -65,7 +67,7 @@ class Candidates:
     Parameters
     ----------
     curve : callable
-        ``curve(key)``: values of the blocks of a group by age bucket (empty: 1 / (age + 1 s)), and the next step of each.
+        ``curve(key)``: values of the blocks of a group by age bucket, and the next step of each.
     last_used : array of float
         Seconds, by slot; must not change while a slot stands here.
     depth : sequence of int
@@ -77,6 +79,8 @@ class Candidates:
     ----------
     listed : list
         By slot: the group that it stands in, None where it does not stand here.
+    kept_from : float
+        Blocks last used at this time or later cost more than all others, the longer ago the less.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Candidates:
         self._heap: list[tuple[float, int]] = []  # price and number of the other groups, and of some at former prices
         self._dirty: set[_Group] = set()
         self._priced_at = float("-inf")
+        self.kept_from = float("inf")
         self._round, self._round_at = 1, float("-inf")
 
     def reserve(self, slots: int) -> None:
@@ -250,13 +255,13 @@ class Candidates:
         time = self._last_used[slot]
         if time != group.time:
             group.time, group.rate = time, self._rate(group, now - time)
-        return group.rate / (DEPTH_SCALE + self._depth[slot]) if group.curve else group.rate
+        if time >= self.kept_from:
+            return _KEPT * group.step.loss / (now - time + 1.0)
+        return group.rate / (DEPTH_SCALE + self._depth[slot])
 
     def _rate(self, group: _Group, age_s: float) -> float:
         if group.curve is None:
             group.curve, group.step = self._curve(group.key)
-        if not group.curve:
-            return group.step.loss / (age_s + 1.0)
         return group.curve[bisect_right(EDGES_S, age_s) - 1] * group.step.loss * DEPTH_SCALE
 
     def _cell(self, group: _Group, time: float) -> _Cell:

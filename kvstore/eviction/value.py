@@ -41,7 +41,7 @@ from .classes import (
 from .ghosts import Ghosts
 from .ladder import Step
 from .reuse import EDGES_S, ReuseModel
-from .rival import Rival
+from .rival import ACCOUNT_BYTES, Rival, parse_account
 from .table import NONE, BlockTable
 
 #: The first rounds of learning come sooner: after so many requests, then each time there are a quarter more.
@@ -102,8 +102,9 @@ class ValuePolicy(EvictionPolicy):
         if not blocks:
             return
         room = len(self.table)
+        self._rival.fit(room)
         slots, known = self._enter(blocks, now, begins)
-        self._rival.came(now, len(blocks), room)
+        self._rival.came(now, len(blocks), blocks[-1].depth + 1, room)
         new_tokens = math.ceil(request.input_tokens * (len(blocks) - known) / (blocks[-1].depth + 1))
         # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: only their length is news.
         if known or self._base is None:
@@ -119,6 +120,7 @@ class ValuePolicy(EvictionPolicy):
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
+        self._candidates.kept_from = self._rival.edge if self._rival.leads else float("inf")
         found = self._candidates.cheapest(now if now > self._now else self._now)
         if found is None:
             return None
@@ -127,6 +129,8 @@ class ValuePolicy(EvictionPolicy):
         return Victim(self.table.ids[slot], step.rung, value)
 
     def worth(self, request: Request, block: BlockInfo) -> float:
+        if self._rival.leads:
+            return math.inf  # recency holds whatever is used now
         ghost = self._ghosts.find(block.id)
         count = 1 if ghost is None else (ghost[0] >> USES_AT & 0xF) + 1
         parent = NONE if block.parent is None else self.table.find(block.parent)
@@ -148,10 +152,12 @@ class ValuePolicy(EvictionPolicy):
         return self.table.census(values, slots)
 
     def lessons(self) -> bytes:
-        return self.model.lessons()
+        return self.model.lessons() + self._rival.account()
 
     def heed(self, lessons: Sequence[bytes]) -> None:
-        self.model.heed(lessons)
+        accounts = [parse_account(lesson[-ACCOUNT_BYTES:]) for lesson in lessons]
+        self.model.heed([lesson[:-ACCOUNT_BYTES] for lesson in lessons])
+        self._rival.heed(accounts)
 
     def removed(self, id: BlockId) -> None:
         slot = self._find(id)
@@ -160,6 +166,8 @@ class ValuePolicy(EvictionPolicy):
         forgotten = self._ghosts.remember(id, self._state[slot], self._used_at[slot], self.table.count)
         if forgotten is not None:
             self._forget(*forgotten)
+        if self._rival.gone(self._used_at[slot]):
+            self._candidates.stale()
         parent = self.table.remove(slot)
         if parent >= 0 and self._is_alike(slot, parent):
             self._candidates.replace(slot, parent)
@@ -237,8 +245,9 @@ class ValuePolicy(EvictionPolicy):
                     slots[index] = slot
                     continue
                 states[slot], used_at[slot] = ghost
+                self._rival.left(ghost[1], 0, 1)
             before, state = used_at[slot], states[slot]
-            held = before >= cutoff or (before >= edge and index < spare)
+            held = before >= cutoff or (before >= edge and block.depth < spare)
             rival_hits = (rival_hits or index + 1) if held else 0
             if before != last or (state ^ last_state) & 0xFF:
                 self._count(last_state, last, run, now)
@@ -289,7 +298,7 @@ class ValuePolicy(EvictionPolicy):
         if blocks:
             weight = blocks * WEIGHTS[state >> SIZE_AT]
             self.model.forgot(state & 0xFF, self._now - time if time < self._now else 0.0, weight)
-            self._rival.left(time, blocks)
+            self._rival.left(time, blocks, blocks)
             self._forgotten = state, time, 0
 
     def _situation(self, before: int, input_tokens: int, new_tokens: int, now: float) -> tuple[int, int, int]:
@@ -344,10 +353,9 @@ class ValuePolicy(EvictionPolicy):
             self._candidates.add(((self._state[slot] & 0xFF) << 8 | shape) << _RUNG_BITS | rung, (slot,))
 
     def _curve(self, key: int) -> tuple[Sequence[float], Step]:
-        """What `Candidates` asks for: values by age bucket of the blocks with this key, empty while recency leads, and their next step."""
+        """What `Candidates` asks for: values by age bucket of the blocks with this key, and their next step."""
         rung, shape = key & (1 << _RUNG_BITS) - 1, key >> _RUNG_BITS & 0xFF
-        values = () if self._rival.leads else self.model.values[key >> _RUNG_BITS + 8]
-        return values, self.table.steps.rows[shape][rung]
+        return self.model.values[key >> _RUNG_BITS + 8], self.table.steps.rows[shape][rung]
 
     def _is_round_due(self) -> bool:
         requests = min(self.config.learn_requests, max(_FIRST_ROUND, self._all_requests // 4))

@@ -1,19 +1,27 @@
-"""Recency beside the learnt order: its hits are counted right, and it takes over where learning loses."""
+"""Recency beside the learnt order: its hits are counted right, and it leads before more is lost than may be."""
 
 from __future__ import annotations
 
+import random
+import struct
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+from kvstore.errors import InvalidInputError
 from kvstore.eviction import create
+from kvstore.eviction import replay as replays
 from kvstore.eviction.replay import capacity_of, replay
-from kvstore.eviction.rival import Rival
-from kvstore.eviction.trace import Trace
+from kvstore.eviction.rival import Rival, parse_account
+from kvstore.eviction.trace import Trace, read_trace
 from tests import traffic
 
+DATA = Path(__file__).parent.parent / "data"
 REQUESTS = 500
-SEEDS = (7, 8, 9)
+SEEDS = (7, 8)
+#: What `value` may be below `lru`, as a share of all tokens.
+BOUND = 0.005
 
 
 @cache
@@ -21,69 +29,152 @@ def made(kind: str, seed: int = SEEDS[0]) -> Trace:
     return traffic.trace(kind, seed, REQUESTS)
 
 
+def ahead(trace: Trace, share: float) -> float:
+    """Token hit rate of `value` less that of `lru`."""
+    learnt, recency = (replay(trace, create(name), capacity_of(trace, share)).token_hit_rate for name in ("value", "lru"))
+    return learnt - recency
+
+
 def test_the_newest_blocks_are_those_that_recency_holds() -> None:
     rival = Rival()
     for second in range(5):
-        rival.came(float(second), 10, 25)
+        rival.came(float(second), 10, 10, 25)
     assert rival.edge < 2.0 < rival.cutoff < 3.0 and rival.spare == 5, "two requests whole, and 5 blocks of the one before"
     rival.left(4.0, 10)
-    rival.came(5.0, 10, 25)
+    rival.came(5.0, 10, 10, 25)
     assert rival.edge < 2.0 < rival.cutoff < 3.0, "what is used again leaves its old place"
-    rival.came(6.0, 10, 1000)
+    rival.left(2.0, 3)
+    rival.came(6.0, 3, 3, 25)
+    assert rival.edge < 2.0 < rival.cutoff < 3.0 and rival.spare == 5, "the first 3 of those 5 are newer now, and two follow them"
+    rival.came(7.0, 10, 10, 1000)
     assert rival.cutoff < 0.0, "where there is room for all, all would be there"
-    rival.came(7.0, 100, 25)
-    assert rival.cutoff > 7.0 and rival.spare == 25, "of a prompt that is larger than the room, its beginning"
+    rival.came(8.0, 100, 100, 25)
+    assert rival.cutoff > 8.0 and rival.spare == 25, "of a prompt that is larger than the room, its beginning"
 
 
 @pytest.mark.parametrize("kind", ["agents", "chat", "fading"])
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_the_account_is_that_of_a_store_in_order_of_recency(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = [0, 0]
+    told: list[int] = []
+    found: list[int] = []
+    count, judge = replays.count_hit, Rival.judge
 
-    def judge(_: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
-        counted[0] += asked
-        counted[1] += rival_hits
-        return False
+    def counted(*of: object) -> int:
+        found.append(count(*of))
+        return found[-1]
 
-    monkeypatch.setattr(Rival, "judge", judge)
+    def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
+        told.append(rival_hits)
+        return judge(rival, asked, hits, rival_hits, begins)
+
+    monkeypatch.setattr(replays, "count_hit", counted)
+    monkeypatch.setattr(Rival, "judge", judged)
     trace = made(kind)
+    replay(trace, create("lru"), capacity_of(trace, share))
+    recency = found[:]
     replay(trace, create("value"), capacity_of(trace, share))
-    recency = replay(trace, create("lru"), capacity_of(trace, share)).token_hit_rate
-    assert counted[1] / counted[0] == pytest.approx(recency, abs=0.04), "in blocks, not tokens, and those of partial blocks are few"
+    differ = sum(here != there for here, there in zip(told, recency, strict=True))
+    assert differ <= 2, "requests so close that ghosts do not tell them apart"
 
 
-def test_recency_leads_when_learning_loses_and_for_longer_each_time() -> None:
-    rival, led = Rival(), []
-    for number in range(2000):
-        if rival.judge(100, 80, 90) and rival.leads:
-            led.append(number)
-    pauses = [after - before for before, after in zip(led, led[1:], strict=False)]
-    assert 20 < led[0] < 40, "a loss of a tenth, and 2.4 requests' worth allowed"
-    assert all(after > 1.5 * before for before, after in zip(pauses, pauses[1:], strict=False))
-    assert len(led) <= 6
+def asked(rival: Rival, requests: int, hits: int, rival_hits: int, blocks: int = 100) -> int:
+    """Requests for known blocks of a store with room for 1,000; hits lost against recency until it leads."""
+    rival.fit(1000)
+    for lost in range(requests):
+        if rival.leads:
+            return lost * (rival_hits - hits)
+        rival.judge(blocks, hits, rival_hits)
+    return requests * (rival_hits - hits)
+
+
+def test_recency_leads_before_the_learnt_order_is_half_a_point_behind() -> None:
     rival = Rival()
-    assert not any(rival.judge(100, 85 + number % 20, 90) for number in range(2000)), "a lead that wavers is none of its business"
+    asked(rival, 1000, 80, 80)
+    assert not rival.leads
+    lost = asked(rival, 1000, 80, 90)
+    assert rival.leads and 300 < lost < BOUND * 100_000
+    rival.judge(100, 90, 90)
+    assert rival.leads, "as long as the store is behind"
+    asked_for = 0
+    while rival.leads:
+        rival.judge(100, 90, 90)
+        asked_for += 100
+    assert 0 < BOUND * asked_for < lost, "a further chance is earned by requests, not forgotten into being"
+
+
+def test_a_gain_may_be_lost_again_and_no_more() -> None:
+    rival = Rival()
+    asked(rival, 100, 90, 80)
+    lost = asked(rival, 1000, 80, 90)
+    assert rival.leads and 1000 < lost < 1000 + BOUND * 100 * (100 + lost / 10) + 10
+    rival = Rival()
+    asked(rival, 10_000, 90, 80)
+    assert asked(rival, 10_000, 0, 100) < 5000, "of a large gain, four times what there is room for"
+
+
+def test_recency_leads_while_what_it_would_hold_is_lacking_beyond_what_may_be_lost() -> None:
+    rival = Rival()
+    for second in range(1000):
+        rival.came(float(second), 10, 10, 5000)
+        rival.judge(10, 8, 8)
+    assert not any(rival.gone(990.0) for _ in range(41))
+    assert any(rival.gone(990.0) for _ in range(2)) and rival.leads, "42 blocks of 10,000 may be lost, and all lacking ones asked for"
+    for second in range(1000, 1600):
+        rival.came(float(second), 10, 10, 5000)
+        rival.judge(10, 8, 8)
+    assert not rival.leads, "recency itself would have dropped them by now"
+    lacking = 0
+    while not rival.leads:
+        rival.gone(1590.0)
+        lacking += 1
+    assert lacking > 100, "what was lacking was not asked for: the risk is a share of it"
+
+
+def test_the_bound_is_that_of_all_nodes_together() -> None:
+    losing, gaining = Rival(), Rival()
+    asked(losing, 300, 80, 90)
+    asked(gaining, 300, 90, 80)
+    assert losing.leads
+    losing.heed([parse_account(gaining.account())])
+    losing.judge(0, 0, 0)
+    assert not losing.leads
+    losing.heed([])
+    losing.judge(0, 0, 0)
+    assert losing.leads
+    for wrong in (b"", gaining.account()[:-1], struct.pack("<2f", float("nan"), 0.0), struct.pack("<2f", 1.0, -1.0)):
+        with pytest.raises(InvalidInputError):
+            parse_account(wrong)
 
 
 def test_a_request_in_parts_counts_as_one() -> None:
     whole, parts, led = Rival(), Rival(), [0, 0]
+    asked(whole, 200, 80, 80)
+    asked(parts, 200, 80, 80)
+    rng = random.Random(1)
     for _ in range(500):
-        whole.judge(100, 80, 90)
-        parts.judge(80, 80, 80)
+        rival_hits = rng.randint(70, 92)
+        whole.judge(100, 80, rival_hits)
+        parts.judge(80, 80, min(rival_hits, 80))
         for _ in range(20):
             parts.judge(1, 0, 0, False)
-        parts.judge(0, 0, 10, False)
+        parts.judge(0, 0, max(rival_hits - 80, 0), False)
         led[0] += whole.leads
         led[1] += parts.leads
-    assert led[0] > 200 and abs(led[0] - led[1]) <= 10
+    assert 100 < led[0] < 400 and abs(led[0] - led[1]) <= 20
 
 
 @pytest.mark.parametrize("kind", traffic.KINDS)
-def test_value_is_hardly_ever_below_recency(kind: str) -> None:
+def test_value_is_never_half_a_point_below_recency(kind: str) -> None:
     for share in (0.05, 0.2):
-        ahead = []
         for seed in SEEDS:
-            trace = made(kind, seed)
-            learnt, recency = (replay(trace, create(name), capacity_of(trace, share)).token_hit_rate for name in ("value", "lru"))
-            ahead.append(learnt - recency)
-        assert sum(ahead) / len(ahead) > -0.01, "the cost of the first chances, in so short traces"
+            assert ahead(made(kind, seed), share) > -BOUND, (share, seed)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 0.2, 0.3, 0.5])
+def test_nor_on_real_traffic_in_any_room(share: float) -> None:
+    trace = read_trace(DATA / "conversation_400.jsonl.gz")
+    assert ahead(trace, share) > -BOUND
+    # So few of so unlike lengths that what is allowed from the start, one request, is more than half a point.
+    trace = read_trace(DATA / "agentic_150.jsonl.gz")
+    longest = max(trace.part(0, stop).references / stop for stop in range(1, 150))
+    assert ahead(trace, share) > -BOUND - longest / trace.references
