@@ -102,7 +102,7 @@ class RankedPolicy(EvictionPolicy):
     def _stand(self, id: BlockId, rung: int) -> None:
         slot = self.table.find(id)
         if slot >= 0:
-            self.table.rung[slot] = rung
+            self.table.move(slot, rung)
             self._push(slot)
 
     def _push(self, slot: int) -> None:

@@ -90,7 +90,7 @@ class S3FifoPolicy(EvictionPolicy):
     def demoted(self, id: BlockId, rung: int) -> None:
         slot = self.table.find(id)
         if slot >= 0:
-            self.table.rung[slot] = rung
+            self.table.move(slot, rung)
 
     def promoted(self, id: BlockId) -> None:
         self.demoted(id, 0)

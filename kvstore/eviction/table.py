@@ -18,7 +18,7 @@ NONE = -1
 
 
 class BlockTable:
-    """Slots of resident blocks. Public arrays are read by slot; only `add`, `remove` and `rung` change them.
+    """Slots of resident blocks. Public arrays are read by slot; only `add`, `remove` and `move` change them.
 
     Attributes
     ----------
@@ -31,6 +31,8 @@ class BlockTable:
         Where the block stands on its ladder, and which ladder (`StepTable`).
     resident : bytearray
         1 where the slot holds a resident block.
+    size : float
+        Resident blocks, each counted by the share of its full size that is held.
     holds : dict
         Holds by id, of blocks that are held, resident or not.
     ids : list
@@ -46,6 +48,7 @@ class BlockTable:
         self.ids: list[BlockId | None] = []
         self.steps = StepTable()
         self.count = 0
+        self.size = 0.0
         self.resident = bytearray()
         self._next = array("i")
         self._heads = array("i", [NONE]) * 64
@@ -92,6 +95,7 @@ class BlockTable:
         self.rung[slot] = 0
         self.shape[slot] = shape
         self.count += 1
+        self.size += 1.0
         return slot
 
     def remove(self, slot: int) -> int:
@@ -99,6 +103,7 @@ class BlockTable:
         parent, children = self.parent[slot], self.children
         self.resident[slot] = 0
         self.count -= 1
+        self.size -= self.step(slot).share
         if not children[slot]:
             self._discard(slot)
         if parent < 0:
@@ -110,6 +115,12 @@ class BlockTable:
             return parent
         self._discard(parent)
         return NONE
+
+    def move(self, slot: int, rung: int) -> None:
+        """A resident block was demoted, or promoted, to `rung`."""
+        self.size -= self.step(slot).share
+        self.rung[slot] = rung
+        self.size += self.step(slot).share
 
     def is_leaf(self, slot: int) -> bool:
         """Whether the slot holds a resident block that has no resident child."""

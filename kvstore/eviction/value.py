@@ -101,7 +101,7 @@ class ValuePolicy(EvictionPolicy):
             self._all_requests += 1
         if not blocks:
             return
-        room = len(self.table)
+        room = round(self.table.size)
         self._rival.fit(room)
         slots, known = self._enter(blocks, now, begins)
         self._rival.came(now, len(blocks), blocks[-1].depth + 1, room)
@@ -180,7 +180,7 @@ class ValuePolicy(EvictionPolicy):
         slot = self._find(id)
         if slot >= 0:
             self._candidates.remove(slot)
-            self.table.rung[slot] = rung
+            self.table.move(slot, rung)
             self._offer(slot)
 
     def promoted(self, id: BlockId) -> None:
