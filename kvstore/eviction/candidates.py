@@ -80,7 +80,7 @@ class Candidates:
     listed : list
         By slot: the group that it stands in, None where it does not stand here.
     kept_from : float
-        Blocks last used at this time or later cost more than all others, the longer ago the less.
+        To drop a block last used at this time or later costs more than all else, the longer ago the less; to demote it does not.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class Candidates:
         time = self._last_used[slot]
         if time != group.time:
             group.time, group.rate = time, self._rate(group, now - time)
-        if time >= self.kept_from:
+        if time >= self.kept_from and group.step.rung is None:
             return _KEPT * group.step.loss / (now - time + 1.0)
         return group.rate / (DEPTH_SCALE + self._depth[slot])
 

@@ -25,6 +25,9 @@ from ..errors import InvalidInputError
 
 #: Share of all blocks asked for that the learnt order may be behind.
 _ALLOWED = 0.0042
+#: Share that is lent of what recency misses though it was asked for before, up to what it hits: there is more to win than to lose.
+#: Below this share of all that was asked for before, there is not.
+_LENT, _LENT_FROM = 0.2, 0.25
 #: Mean requests of that which are allowed from the start: what the first 240 requests bring.
 _ADVANCED = 1.0
 #: A gain counts up to so many times what there is room for: all of that is at risk at most, and better times do not count for ever.
@@ -63,6 +66,7 @@ class Rival:
         self._held = self._lacking = 0  # blocks in the rows from there on, and those of them that left the store
         self._room = 0
         self._asked = self._requests = 0
+        self._known = self._recency_hits = 0  # of what was asked: blocks that were asked for before, and hits of recency
         self._ahead = 0.0  # hits beyond recency's, and the share of what was asked that may be lost
         self._allowed = self._risk = 0.0  # what may be lost and what is at risk, when last compared
         self._others = 0.0, 0.0  # the same of other nodes
@@ -132,10 +136,15 @@ class Rival:
         # What is left of the edge's chain is its deeper part: what was used again since stands in a later row.
         self.spare = self._lengths[first - 1] - self._beyond() if first else 0
 
-    def judge(self, asked: int, hits: int, rival_hits: int, begins: bool = True) -> bool:
-        """Count a request for `asked` blocks, or a further part of one unless it `begins`; True if the lead has changed hands."""
+    def judge(self, asked: int, hits: int, rival_hits: int, begins: bool = True, known: int = 0) -> bool:
+        """Count a request for `asked` blocks, or a further part of one unless it `begins`; True if the lead has changed hands.
+
+        Of the blocks the first `known` were asked for before.
+        """
         self._asked += asked
         self._requests += begins
+        self._known += max(known, rival_hits)
+        self._recency_hits += rival_hits
         self._ahead = min(self._ahead + hits - rival_hits + _ALLOWED * asked, _SAVED_ROOMS * self._room)
         return self._settle()
 
@@ -159,7 +168,8 @@ class Rival:
             lacking += max(self._gone[self._first - 1] - self._beyond(), 0)
         wary = _WARY_REQUESTS * request
         self._risk = lacking * (self._returned + wary) / max(self._returned + self._expired + wary, 1.0)
-        self._allowed = self._ahead + max(_ADVANCED * request - _ALLOWED * self._asked, 0.0)
+        chances = min(self._known - self._recency_hits, self._recency_hits) - _LENT_FROM * self._known
+        self._allowed = self._ahead + max(_ADVANCED * request - _ALLOWED * self._asked, 0.0) + _LENT * max(chances, 0.0)
         allowed, risk = self._others
         led = self.leads
         self.leads = self._risk + risk > (self._allowed + allowed) * (_CALM if led else 1.0)

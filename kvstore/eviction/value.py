@@ -256,7 +256,7 @@ class ValuePolicy(EvictionPolicy):
             slots[index] = slot
             known = known or index + 1
         self._count(last_state, last, run, now)
-        if rival.judge(len(blocks), hits, rival_hits, begins):
+        if rival.judge(len(blocks), hits, rival_hits, begins, known):
             candidates.stale()
         return slots, known
 

@@ -63,9 +63,9 @@ def test_the_account_is_that_of_a_store_in_order_of_recency(kind: str, share: fl
         found.append(count(*of))
         return found[-1]
 
-    def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
+    def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool, known: int) -> bool:
         told.append(rival_hits)
-        return judge(rival, asked, hits, rival_hits, begins)
+        return judge(rival, asked, hits, rival_hits, begins, known)
 
     monkeypatch.setattr(replays, "count_hit", counted)
     monkeypatch.setattr(Rival, "judge", judged)
@@ -128,6 +128,19 @@ def test_recency_leads_while_what_it_would_hold_is_lacking_beyond_what_may_be_lo
         rival.gone(1590.0)
         lacking += 1
     assert lacking > 100, "what was lacking was not asked for: the risk is a share of it"
+
+
+def test_more_may_be_lost_where_recency_misses_much_that_was_asked_for_before() -> None:
+    lost = []
+    for known, recency in ((90, 45), (90, 80), (90, 5)):  # half of it, little, and nearly all: then it has nothing to lose either
+        rival, behind = Rival(), 0
+        for _ in range(300):
+            rival.judge(100, recency, recency, True, known)
+        while not rival.leads:
+            rival.judge(100, recency - 5, recency, True, known)
+            behind += 5
+        lost.append(behind)
+    assert lost[0] > 5 * lost[1] and lost[1] == lost[2]
 
 
 def test_the_bound_is_that_of_all_nodes_together() -> None:
