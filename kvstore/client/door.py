@@ -169,14 +169,9 @@ class Door(Line):
         self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies
     ) -> tuple[EncodedBlock, list[int]]:
         """One block as it will be once `copies` are made, and of each layer the number of the copy with its CRC; -1 for an empty one."""
-        total = header.payload_bytes
-        if not total:
+        if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        payload, place = memory.take(total)
-        if header.present == len(runs) == 1 and runs[0][1] == total and runs[0][0] + total <= self.arena.size_bytes:  # most blocks
-            copies.add(place, self.arena.address + runs[0][0], total, goes_on=False)
-            return EncodedBlock(header, (payload,)), [len(copies) - 1]
-        left, parts, ends, stop = runs[::-1], [], [], 0
+        (payload, place), left, parts, ends, stop = memory.take(header.payload_bytes), runs[::-1], [], [], 0
         for row in header.rows[: header.present]:
             start = at = stop
             stop = start + row.size_bytes

@@ -98,7 +98,7 @@ class Rival:
             self._lacking += 1
         return self._settle()
 
-    def came(self, now: float, blocks: int, length: int, room: int) -> None:
+    def came(self, now: float, blocks: int, length: int) -> None:
         """So many blocks of a chain are used at `now`, no earlier than any before, the deepest of them `length` - 1 deep."""
         if now > self._times[-1]:
             self._times.append(now)
@@ -111,7 +111,7 @@ class Rival:
         self._counts[-1] += blocks
         self._held += blocks
         self._lengths[-1] = length
-        self.fit(room)
+        self.fit(self._room)
 
     def fit(self, room: int) -> None:
         """The store has room for `room` blocks."""

@@ -101,10 +101,9 @@ class ValuePolicy(EvictionPolicy):
             self._all_requests += 1
         if not blocks:
             return
-        room = round(self.table.size)
-        self._rival.fit(room)
+        self._rival.fit(round(self.table.size))
         slots, known = self._enter(blocks, now, begins)
-        self._rival.came(now, len(blocks), blocks[-1].depth + 1, room)
+        self._rival.came(now, len(blocks), blocks[-1].depth + 1)
         new_tokens = math.ceil(request.input_tokens * (len(blocks) - known) / (blocks[-1].depth + 1))
         # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: only their length is news.
         if known or self._base is None:
@@ -120,7 +119,7 @@ class ValuePolicy(EvictionPolicy):
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
-        self._candidates.kept_from = self._rival.edge if self._rival.leads else float("inf")
+        self._candidates.kept_from = self._rival.edge if self._rival.leads else math.inf
         found = self._candidates.cheapest(now if now > self._now else self._now)
         if found is None:
             return None
