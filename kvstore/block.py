@@ -8,10 +8,14 @@ Layout, little-endian::
              provenance: fidelity u8 | distortion K f32 | V f32
     a row for each fidelity, 1 = base first
              bytes u32 | CRC-32C u32 | distortion K f32 | V f32 | expected divergence f32
+    sections with flag 1: CRC-32C u32 of each quarter of the model's layers
     payload  the present fidelity layers, base first, nothing between and nothing after
 
 The rows of layers that were dropped stay, so that `truncate` changes the mask and the header's CRC and nothing else. In the
 text "layer" means a layer of precision; the model's own are `layers` of the shape.
+
+Where the payload is one layer in which the model's own follow each other, all of one size, their quarters (*sections*) certify
+themselves, so that a reader can begin with the lowest while the others are under way.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from .identity import DIGEST_BYTES, NO_PARENT
 MAGIC = b"KVCB"
 VERSION = 1
 MAX_FIDELITIES = 8
+#: Runs of the model's layers that certify themselves.
+SECTIONS = 4
 #: No block is larger: 1,024 tokens of a 128-layer model in float32 stay below it, and a header that claims more is refused.
 MAX_BLOCK_BYTES = 1 << 31
 MAX_TOKENS = 1 << 16
@@ -39,8 +45,10 @@ _PREFIX = struct.Struct("<4sHHI")
 _FIXED = struct.Struct("<HBBBBHHHII32s32s32s32sBff")
 _BOTH = struct.Struct(_PREFIX.format + _FIXED.format.removeprefix("<"))
 _ROW = struct.Struct("<IIfff")
+_SECTIONS = struct.Struct(f"<{SECTIONS}I")
+_SECTIONED = 1  # flag
 _FIXED_AT, _ROWS_AT, _ROW_BYTES = _PREFIX.size, _PREFIX.size + _FIXED.size, _ROW.size
-MAX_HEADER_BYTES = _ROWS_AT + MAX_FIDELITIES * _ROW_BYTES
+MAX_HEADER_BYTES = _ROWS_AT + MAX_FIDELITIES * _ROW_BYTES + _SECTIONS.size
 
 Buffer = bytes | bytearray | memoryview
 
@@ -102,6 +110,7 @@ class BlockHeader:
     parent: bytes = NO_PARENT
     profile: bytes = NO_PARENT
     provenance: Provenance = EXACT
+    sections: tuple[int, ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -110,8 +119,13 @@ class BlockHeader:
         return sum(row.size_bytes for row in self.rows[: self.present])
 
     @property
+    def divides(self) -> bool:
+        """Whether the payload can be made of the model's layers, one behind the other, enough of them for sections."""
+        return len(self.rows) == 1 and self.layers >= SECTIONS and self.rows[0].size_bytes % self.layers == 0
+
+    @property
     def header_bytes(self) -> int:
-        return _ROWS_AT + len(self.rows) * _ROW_BYTES
+        return _ROWS_AT + len(self.rows) * _ROW_BYTES + 4 * len(self.sections)
 
     @property
     def total_bytes(self) -> int:
@@ -127,6 +141,22 @@ class BlockHeader:
         if crc != self.rows[number - 1].crc32c:
             raise CorruptBlockError(f"the CRC-32C of fidelity layer {number} does not match")
 
+    def section(self, number: int) -> tuple[int, int]:
+        """Where in the payload section `number`, from 0 on, begins and ends. Without sections, number 0 is all of it."""
+        if not self.sections:
+            return (0, self.payload_bytes) if number == 0 else (0, 0)
+        layer_bytes = self.payload_bytes // self.layers
+        return self.layers_before(number) * layer_bytes, self.layers_before(number + 1) * layer_bytes
+
+    def layers_before(self, section: int) -> int:
+        """How many of the model's layers lie before a section."""
+        return self.layers * section // SECTIONS
+
+    def check_section(self, number: int, crc: int) -> None:
+        """Raises CorruptBlockError when `crc`, of the bytes that came as section `number` (there are some), is not the section's."""
+        if crc != self.sections[number]:
+            raise CorruptBlockError(f"the CRC-32C of section {number} does not match")
+
     def truncate(self, fidelity: int) -> BlockHeader:
         """This header with only layers 1 … `fidelity` present. Raises InvalidInputError if they are not."""
         if not isinstance(fidelity, int) or not 1 <= fidelity <= self.present:
@@ -135,12 +165,13 @@ class BlockHeader:
 
     def to_bytes(self) -> bytes:
         fixed = _FIXED.pack(
-            self.codec, self.dtype, len(self.rows), (1 << self.present) - 1, 0, self.layers, self.kv_heads, self.head_dim,
-            self.start, self.tokens, self.key, self.namespace, self.parent, self.profile,
+            self.codec, self.dtype, len(self.rows), (1 << self.present) - 1, _SECTIONED if self.sections else 0,
+            self.layers, self.kv_heads, self.head_dim, self.start, self.tokens,
+            self.key, self.namespace, self.parent, self.profile,
             self.provenance.fidelity, self.provenance.distortion.keys, self.provenance.distortion.values,
         )  # fmt: skip
         rows = b"".join([_ROW.pack(size, crc, keys, values, harm) for size, crc, (keys, values), harm in self.rows])
-        rest = fixed + rows
+        rest = fixed + rows + (_SECTIONS.pack(*self.sections) if self.sections else b"")
         return _PREFIX.pack(MAGIC, VERSION, _PREFIX.size + len(rest), crc32c(rest)) + rest
 
     @classmethod
@@ -164,17 +195,20 @@ class BlockHeader:
         if crc32c(view[_FIXED_AT:size]) != crc:
             raise CorruptBlockError("the header's CRC-32C does not match")
         present = mask.bit_length()
-        if flags or not 1 <= count <= MAX_FIDELITIES or not 1 <= present <= count or mask != (1 << present) - 1:
+        if flags & ~_SECTIONED or not 1 <= count <= MAX_FIDELITIES or not 1 <= present <= count or mask != (1 << present) - 1:
             raise CorruptBlockError(f"impossible fidelity mask {mask:#x} of {count} layers")
-        if size != _ROWS_AT + count * _ROW_BYTES:
+        rows_end = _ROWS_AT + count * _ROW_BYTES
+        if size != rows_end + (_SECTIONS.size if flags else 0):
             raise CorruptBlockError("header length and number of layers disagree")
         if not 1 <= tokens <= MAX_TOKENS or not layers or not kv_heads or not head_dim:
             raise CorruptBlockError(f"impossible shape [{layers}, {kv_heads}, {tokens}, {head_dim}]")
-        rows = [LayerInfo(length, row_crc, Distortion(k, v), harm) for length, row_crc, k, v, harm in _ROW.iter_unpack(view[_ROWS_AT:size])]
+        rows = [LayerInfo(part, one, Distortion(k, v), harm) for part, one, k, v, harm in _ROW.iter_unpack(view[_ROWS_AT:rows_end])]
         header = cls(
             codec, dtype, layers, kv_heads, head_dim, start, tokens, tuple(rows), present, key, namespace, parent, profile,
-            Provenance(p_fidelity, Distortion(p_keys, p_values)),
+            Provenance(p_fidelity, Distortion(p_keys, p_values)), _SECTIONS.unpack_from(view, rows_end) if flags else (),
         )  # fmt: skip
+        if flags and not header.divides:
+            raise CorruptBlockError("the header claims sections of a payload that does not divide into them")
         if header.payload_bytes > MAX_BLOCK_BYTES:
             raise CorruptBlockError(f"the header claims {header.payload_bytes} payload bytes, more than {MAX_BLOCK_BYTES}")
         return header
@@ -210,6 +244,12 @@ class EncodedBlock:
         """Drop the layers above `fidelity`; nothing is encoded again."""
         return EncodedBlock(self.header.truncate(fidelity), self.payload[:fidelity])
 
+    def section(self, number: int) -> tuple[Buffer, ...]:
+        """The payload of a section, as `BlockHeader.section` counts them."""
+        if not self.header.sections:
+            return self.payload if number == 0 else ()
+        return (_bytes(self.payload[0])[slice(*self.header.section(number))],)
+
     def with_identity(self, key: bytes, namespace: bytes, parent: bytes, provenance: Provenance | None = None) -> EncodedBlock:
         """The same payload, named. Raises InvalidInputError for a digest that is cut short."""
         if any(len(d) != DIGEST_BYTES for d in (key, namespace, parent)):
@@ -218,13 +258,21 @@ class EncodedBlock:
         return EncodedBlock(named, self.payload)
 
     @classmethod
-    def build(cls, header: BlockHeader, payload: Sequence[Buffer]) -> EncodedBlock:
-        """Fill in the sizes and CRCs of `payload` into the header's rows (their distortions are kept)."""
+    def build(cls, header: BlockHeader, payload: Sequence[Buffer], sectioned: bool = False) -> EncodedBlock:
+        """Fill in the sizes and CRCs of `payload` into the header's rows (their distortions are kept).
+
+        `sectioned`: the payload is that of the model's layers, one behind the other; its sections are to certify themselves.
+        """
         rows = tuple(
             LayerInfo(memoryview(p).nbytes, crc32c(p), row.distortion, row.expected_divergence)
             for row, p in zip(header.rows, payload, strict=True)
         )
-        return cls(replace(header, rows=rows, present=len(rows)), tuple(payload))
+        header = replace(header, rows=rows, present=len(rows))
+        if sectioned and header.divides:
+            header = replace(header, sections=(0,) * SECTIONS)
+            parts = (_bytes(payload[0])[slice(*header.section(number))] for number in range(SECTIONS))
+            header = replace(header, sections=tuple(map(crc32c, parts)))
+        return cls(header, tuple(payload))
 
     @classmethod
     def from_bytes(cls, blob: Buffer) -> EncodedBlock:

@@ -13,6 +13,7 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
                                     | header | RUNs
     DONE   number u32               none
     GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then INTACT or LOST; a message for each key
+    SECTION  section u8 | tokens u32 | keys  as GET, of each block the header and this section alone, from 0 on: see `kvstore.block`
     PUT    tokens u32 | header; then the payload
     END                             STATUSES a status u8 for each PUT since the last END
     STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
@@ -67,6 +68,7 @@ class Kind(IntEnum):
     STAGED = 12
     OFFER = 13
     FILLED = 14
+    SECTION = 15
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:

@@ -52,20 +52,22 @@ class LoopbackTransport:
         for index, key in enumerate(request.keys):
             if key in self.stuck_at:
                 await asyncio.sleep(60)
-            for message in self.spoil.get(key) or self._messages(self.stored[address].get(key)):
+            for message in self.spoil.get(key) or self._messages(self.stored[address].get(key), request.section):
                 await asyncio.sleep(0)
                 if key not in self.spoil:
                     message.index = index
                 self.sent.append(key)
                 yield message.SerializeToString()
 
-    def _messages(self, blob):
+    def _messages(self, blob, section):
         if blob is None:
             return [pb.GetResponse(status=pb.BLOCK_STATUS_NOT_FOUND)]
-        header = BlockHeader.from_bytes(blob).header_bytes
-        cuts = range(header, max(len(blob), header + 1), self._frame_bytes)
-        messages = [pb.GetResponse(status=pb.BLOCK_STATUS_OK, payload=blob[at : at + self._frame_bytes]) for at in cuts]
-        messages[0].header = blob[:header]
+        header = BlockHeader.from_bytes(blob)
+        payload = blob[header.header_bytes :]
+        payload = payload[slice(*header.section(section - 1))] if section else payload
+        cuts = range(0, max(len(payload), 1), self._frame_bytes)
+        messages = [pb.GetResponse(status=pb.BLOCK_STATUS_OK, payload=payload[at : at + self._frame_bytes]) for at in cuts]
+        messages[0].header = blob[: header.header_bytes]
         return messages
 
     async def put(self, address, messages, timeout_s):

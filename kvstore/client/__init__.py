@@ -5,6 +5,7 @@ from .client import KvClient
 from .config import ClientConfig
 from .fetch import Fetched
 from .lookup import Hit
+from .sections import Sections
 from .transport import GrpcTransport, Transport
 
-__all__ = ["Admin", "ClientConfig", "Fetched", "GrpcTransport", "Hit", "KvClient", "Transport"]
+__all__ = ["Admin", "ClientConfig", "Fetched", "GrpcTransport", "Hit", "KvClient", "Sections", "Transport"]

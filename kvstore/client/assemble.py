@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.checked_copy import copy_checked
@@ -59,23 +59,50 @@ class BlockReader:
         if first is None:
             return None
         header = BlockHeader.from_bytes(first.header)
-        if not accept(header):
+        return await self._whole(number, header, first.payload) if accept(header) else None
+
+    async def read_section(
+        self, number: int, section: int, block: EncodedBlock | None, accept: Callable[[BlockHeader], bool]
+    ) -> EncodedBlock | None:
+        """As `read`, a section of the next block alone: the first makes the `block`, to be given with the others.
+
+        A block without sections comes whole as the first.
+        """
+        first = await self._next(number)
+        if first is None:
             return None
-        if len(first.payload) == header.payload_bytes:
-            return EncodedBlock.verify(header, first.payload)  # where it lies
-        assembly, piece = Assembly(header, self._buffers.take(header.payload_bytes)), first.payload
-        run = self._at_once if header.payload_bytes < self._offload_bytes else self._in_thread
+        header = BlockHeader.from_bytes(first.header)
+        if block is None:
+            if not accept(header):
+                return None
+            if not header.sections:
+                return await self._whole(number, header, first.payload)
+            block = EncodedBlock(header, (self._buffers.take(header.payload_bytes),))
+        elif header != block.header:
+            return None  # another took its place
+        assembly = Assembly.of_section(block, section)
+        return block if await self._assemble(number, assembly, first.payload) else None
+
+    async def _whole(self, number: int, header: BlockHeader, piece: memoryview) -> EncodedBlock | None:
+        if len(piece) == header.payload_bytes:
+            return EncodedBlock.verify(header, piece)  # where it lies
+        assembly = Assembly.of_block(header, self._buffers.take(header.payload_bytes))
+        return EncodedBlock(header, assembly.parts) if await self._assemble(number, assembly, piece) else None
+
+    async def _assemble(self, number: int, assembly: Assembly, piece: memoryview) -> bool:
+        """Whether all of it came, from the first piece on."""
+        run = self._at_once if assembly.left < self._offload_bytes else self._in_thread
         copied = run(assembly, piece)
         while assembly.left:  # a piece is put in its place while the next one comes
             frame = await self._next(number)
             await copied
             if frame is None:
-                return None
+                return False
             if not frame.payload:
                 raise CorruptBlockError("an empty frame came in the middle of a block")
             copied = run(assembly, frame.payload)
         await copied
-        return assembly.block()
+        return True
 
     @staticmethod
     def _at_once(assembly: Assembly, piece: memoryview) -> asyncio.Future[None]:
@@ -106,46 +133,61 @@ class BlockReader:
 
 
 class Assembly:
-    """A payload in the making: pieces in order, each layer's CRC-32C compared as soon as it is whole.
+    """A payload in the making: pieces in order, the CRC-32C of each part compared as soon as it is whole.
 
     Parameters
     ----------
-    header : BlockHeader
     buffer : memoryview
-        Of its payload's size.
+        Of the size of all parts.
+    sizes : sequence of int
+        Of each part in bytes.
+    check : callable
+        Given the number of a part and its CRC-32C; raises CorruptBlockError when that is another's.
     """
 
-    def __init__(self, header: BlockHeader, buffer: memoryview) -> None:
-        self.left = header.payload_bytes
-        self._header = header
+    def __init__(self, buffer: memoryview, sizes: Sequence[int], check: Callable[[int, int], None]) -> None:
+        self.left = sum(sizes)
         self._buffer = buffer
+        self._sizes = sizes
+        self._check = check
         self._parts: list[memoryview] = []
         self._start = self._at = self._crc = 0
+
+    @classmethod
+    def of_block(cls, header: BlockHeader, buffer: memoryview) -> Assembly:
+        """Of a whole payload, whose parts are its layers of precision."""
+        sizes = [row.size_bytes for row in header.rows[: header.present]]
+        return cls(buffer, sizes, lambda part, crc: header.check_layer(part + 1, crc))
+
+    @classmethod
+    def of_section(cls, block: EncodedBlock, section: int) -> Assembly:
+        """Of one section, to its place in the payload of `block`."""
+        begin, end = block.header.section(section)
+        return cls(memoryview(block.payload[0])[begin:end], [end - begin], lambda _, crc: block.header.check_section(section, crc))
+
+    @property
+    def parts(self) -> tuple[memoryview, ...]:
+        """All of them, once nothing is left."""
+        return tuple(self._parts)
 
     def expect(self, piece: memoryview) -> None:
         """Count a piece that is going to be added. Raises CorruptBlockError if there is no room for it."""
         if len(piece) > self.left:
-            raise CorruptBlockError(f"more payload came than the header's {self._header.payload_bytes} bytes")
+            raise CorruptBlockError(f"more payload came than was due, by {len(piece) - self.left} bytes")
         self.left -= len(piece)
 
     def add(self, piece: memoryview) -> None:
-        """Copy the next piece, without the interpreter's lock. Raises CorruptBlockError for a layer that does not certify itself."""
-        self._end_layers()
+        """Copy the next piece, without the interpreter's lock. Raises CorruptBlockError for a part that does not certify itself."""
+        self._end_parts()
         while len(piece):
-            row = self._header.rows[len(self._parts)]
-            size = min(len(piece), self._start + row.size_bytes - self._at)
+            size = min(len(piece), self._start + self._sizes[len(self._parts)] - self._at)
             self._crc = copy_checked(self._buffer[self._at :], piece[:size], self._crc)
             self._at, piece = self._at + size, piece[size:]
-            self._end_layers()
+            self._end_parts()
 
-    def block(self) -> EncodedBlock:
-        """The block, once nothing is left."""
-        return EncodedBlock(self._header, tuple(self._parts))
-
-    def _end_layers(self) -> None:
-        """Close the layers that are whole; one may be empty."""
-        rows = self._header.rows
-        while len(self._parts) < self._header.present and self._at - self._start == rows[len(self._parts)].size_bytes:
-            self._header.check_layer(len(self._parts) + 1, self._crc)
+    def _end_parts(self) -> None:
+        """Close the parts that are whole; one may be empty."""
+        while len(self._parts) < len(self._sizes) and self._at - self._start == self._sizes[len(self._parts)]:
+            self._check(len(self._parts), self._crc)
             self._parts.append(self._buffer[self._start : self._at])
             self._start, self._crc = self._at, 0

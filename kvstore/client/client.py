@@ -20,6 +20,7 @@ from .fetch import Demand, Fetched, Fetcher, OnBlock
 from .lookup import Hit, Lookup
 from .membership import Membership
 from .publish import Publisher
+from .sections import Sections
 from .security import Security
 from .transport import GrpcTransport, Transport
 
@@ -117,6 +118,7 @@ class KvClient:
         deadline_s: float = 2.0,
         on_block: OnBlock | None = None,
         input_tokens: int = 0,
+        sections: Sections | None = None,
     ) -> Fetched:
         """Get the blocks of `hits`: verified, in order, cut at the first that is missing, damaged, foreign, or not exact enough.
 
@@ -134,6 +136,8 @@ class KvClient:
             Called with position and block, in order, as the prefix grows.
         input_tokens : int
             Length of the prompt, for the nodes' eviction policy.
+        sections : Sections, optional
+            The last blocks are given when the model's lowest layers are there; `sections.wait` says when others are.
 
         Returns
         -------
@@ -141,7 +145,7 @@ class KvClient:
             The blocks refer to the buffers that they arrived in.
         """
         demand = Demand(namespace, parent_of_first, max_distortion, input_tokens)
-        fetched = await self._fetcher.fetch(hits, demand, deadline_s, on_block)
+        fetched = await self._fetcher.fetch(hits, demand, deadline_s, on_block, sections)
         if (copies := self._copies.choose(hits, fetched.blocks, self._membership.living())) is not None:
             self._publisher.offer(copies[1], input_tokens, copy_to=copies[0])
         return fetched

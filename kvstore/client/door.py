@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from crc32c import crc32c
 
 from kvstore import door
 from kvstore.block import BlockHeader, EncodedBlock
@@ -88,6 +89,18 @@ class Door(Line):
         self.deadline = time.monotonic() + timeout_s
         way = self._read_stream if self.arena is None else self._read_shared
         return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
+
+    def read_section(
+        self, section: int, keys: Sequence[bytes], blocks: Sequence[EncodedBlock | None], tokens: int, accept: Accept, take: Take,
+        buffers: Buffers, timeout_s: float,
+    ) -> int:  # fmt: skip
+        """As `read`, over the connection, a section of each block alone: of `blocks`, but for the first section, which makes them.
+
+        A block without sections comes whole with the first.
+        """
+        self.deadline = time.monotonic() + timeout_s
+        self.send([door.message(Kind.SECTION, bytes((section,)), door.NUMBER.pack(tokens), *keys)])
+        return self._read_blocks(section, blocks, accept, take, Carver(buffers))
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -191,37 +204,73 @@ class Door(Line):
 
     def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
         self.send([door.message(Kind.GET, tokens, *keys)])
-        came: list[tuple[int, EncodedBlock]] = []  # to wake the caller for each small block costs more than its bytes
-        size = 0
-        try:
-            for number in range(len(keys)):
-                block = self._read_block(number, accept, memory)
-                if block is None:
-                    self.close()  # what is still to come on it is not wanted
-                    return number
-                came.append((number, block))
-                size += block.header.payload_bytes
-                if size >= TOGETHER_BYTES:
-                    take(came)
-                    came, size = [], 0
-            return len(keys)
-        finally:
-            if came:
-                take(came)
+        return self._read_blocks(None, [None] * len(keys), accept, take, memory)
 
-    def _read_block(self, number: int, accept: Accept, memory: Carver) -> EncodedBlock | None:
-        """The next block of a stream; None where it is not there, not accepted, or was lost on the way."""
+    def _read_blocks(self, section: int | None, blocks: Sequence[EncodedBlock | None], accept: Accept, take: Take, memory: Carver) -> int:
+        with _Taken(take) as taken:
+            for number, begun in enumerate(blocks):
+                block = self._read_block(number, section, begun, accept, memory)
+                if block is None:
+                    return number
+                taken.add(number, block)
+        return len(blocks)
+
+    def _read_block(
+        self, number: int, section: int | None, block: EncodedBlock | None, accept: Accept, memory: Carver
+    ) -> EncodedBlock | None:
+        """The next block of a stream, or a section of it, of `block` where that is not the first.
+
+        None, and the connection is closed, where it is not there, not accepted, or was lost on the way.
+        """
         answer = self.receive(Kind.BLOCK)
-        if not answer or answer[0] != OK:
-            return None
-        header = BlockHeader.from_bytes(answer[1:])
-        if not accept(number, header):
-            return None
-        payload, _ = memory.take(header.payload_bytes)
-        self.fill(payload)
-        mark = memoryview(bytearray(1))
-        self.fill(mark)
-        return EncodedBlock.verify(header, payload) if mark == door.INTACT else None
+        if answer and answer[0] == OK:
+            header = BlockHeader.from_bytes(answer[1:])
+            if block is None and accept(number, header):
+                block = EncodedBlock(header, (memory.take(header.payload_bytes)[0],))
+            if block is not None and header == block.header:  # else another took its place
+                begin, end = (0, header.payload_bytes) if section is None else header.section(section)
+                part, mark = block.payload[0][begin:end], memoryview(bytearray(1))
+                self.fill(part)
+                self.fill(mark)
+                if mark == door.INTACT:
+                    return self._verified(block, section, part)
+        self.close()  # what is still to come on it is not wanted
+        return None
+
+    @staticmethod
+    def _verified(block: EncodedBlock, section: int | None, part: memoryview) -> EncodedBlock:
+        header = block.header
+        if section is not None and header.sections:
+            header.check_section(section, crc32c(part))
+            return block
+        return block if section else EncodedBlock.verify(header, part)
+
+
+class _Taken:
+    """Blocks on their way to `take`, several at once: to wake the caller for each small one costs more than its bytes."""
+
+    def __init__(self, take: Take) -> None:
+        self._take = take
+        self._blocks: list[tuple[int, EncodedBlock]] = []
+        self._size = 0
+
+    def __enter__(self) -> _Taken:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hand_on()
+
+    def add(self, number: int, block: EncodedBlock) -> None:
+        """One more."""
+        self._blocks.append((number, block))
+        self._size += block.header.payload_bytes
+        if self._size >= TOGETHER_BYTES:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        if self._blocks:
+            self._take(self._blocks)
+        self._blocks, self._size = [], 0
 
 
 def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Door:

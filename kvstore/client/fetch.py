@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kvstore.block import BlockHeader, EncodedBlock
+from kvstore.block import SECTIONS, BlockHeader, EncodedBlock
 from kvstore.clock import Clock
 from kvstore.errors import ConcertinaError, CorruptBlockError
 from kvstore.identity import NO_PARENT
@@ -32,6 +32,7 @@ from .door import Door
 from .doors import Doors
 from .lookup import Hit
 from .membership import Membership
+from .sections import Sections
 from .transport import Transport
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,10 @@ class Demand:
 class Fetch:
     """One call of `KvClient.fetch`: the state shared by its streams."""
 
-    def __init__(self, hits: Sequence[Hit], demand: Demand, config: ClientConfig) -> None:
+    def __init__(self, hits: Sequence[Hit], demand: Demand, config: ClientConfig, sections: Sections | None) -> None:
         self.hits = hits
         self.demand = demand
+        self.sections = sections
         self.config = config
         self.blocks: list[EncodedBlock] = []
         self.bytes_fetched = 0
@@ -85,15 +87,33 @@ class Fetch:
         """Whether a block at `position` can still become part of the prefix."""
         return position < self._limit
 
+    def by_sections(self, position: int) -> bool:
+        """Whether a block at `position` is to come section by section, where it can."""
+        return self.sections is not None and position >= len(self.hits) - self.sections.last
+
     def miss(self, position: int) -> None:
         """Cut the prefix before `position`."""
         self._limit = min(self._limit, position)
         self._progress.set()
 
     def arrived(self, blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
-        """Take verified blocks; `deliver` hands each out when its turn comes."""
-        self._arrived.update(blocks)
+        """Take verified blocks, or further sections of them; `deliver` hands each block out when its turn comes."""
+        self._arrived.update((position, block) for position, block in blocks if position >= len(self.blocks))
         self._progress.set()
+
+    def lacking(self, positions: Sequence[int], section: int) -> list[int]:
+        """Which blocks a section is to be asked for of."""
+        if section:
+            begun = self.sections.lacking(section)
+            return [p for p in positions if p in begun and self.wanted(p)]
+        return [p for p in positions if p >= len(self.blocks) and p not in self._arrived and self.wanted(p)]
+
+    def placed(self, position: int, block: EncodedBlock, section: int | None) -> None:
+        """A section of a block is there, or all of it. May be called from any thread, before `arrived`."""
+        if section:
+            self.sections.add(position)
+        elif section == 0 and block.header.sections:
+            self.sections.begin(position, block)
 
     def count(self, size_bytes: int) -> None:
         """Count bytes that came. May be called from any thread."""
@@ -112,8 +132,21 @@ class Fetch:
                 self._limit = at
             else:
                 self.blocks.append(block)
+                if self.sections is not None:
+                    self.sections.give(at + 1)
                 if on_block is not None:
                     on_block(at, block)
+
+    async def finish(self) -> None:
+        """Until all blocks that were delivered are whole, or one never will be."""
+        while self.sections is not None and (unfinished := self.sections.unfinished()) and self.wanted(unfinished[-1]):
+            self._progress.clear()
+            await self._progress.wait()
+
+    def whole(self) -> list[EncodedBlock]:
+        """The prefix as far as its blocks are whole."""
+        unfinished = self.sections.unfinished() if self.sections is not None else []
+        return self.blocks[: unfinished[0]] if unfinished else self.blocks
 
     def check(self, position: int, header: BlockHeader) -> bool:
         """Whether a block with this header may be used, and there is room for it. May be called from any thread.
@@ -158,16 +191,30 @@ class Fetcher:
             self._trimming.cancel()
         self._buffers.trim()
 
-    async def fetch(self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None = None) -> Fetched:
+    async def fetch(
+        self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None = None, sections: Sections | None = None
+    ) -> Fetched:
         """The longest verified prefix of `hits` that arrived within `deadline_s`. Raises only what `on_block` raises."""
-        if not hits:
-            return Fetched([], 0)
+        try:
+            return await self._fetch(hits, demand, deadline_s, on_block, sections) if hits else Fetched([], 0)
+        finally:
+            if sections is not None:
+                sections.end()
+
+    async def _fetch(
+        self, hits: Sequence[Hit], demand: Demand, deadline_s: float, on_block: OnBlock | None, sections: Sections | None
+    ) -> Fetched:
         began = self._clock.now()
-        job = Fetch(hits, demand, self._config)
-        streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in self._plan(hits)]
+        job = Fetch(hits, demand, self._config, sections)
+        plan = self._plan(hits)
+        whole = [(node, [p for p in positions if self._is_here(node) or not job.by_sections(p)]) for node, positions in plan]
+        streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in whole if positions]
+        if sections is not None:
+            streams.append(asyncio.create_task(self._by_sections(job, plan, list(streams), deadline_s)))
         try:
             async with asyncio.timeout(deadline_s) as deadline:
                 await job.deliver(on_block)
+                await job.finish()
         except TimeoutError:
             if not deadline.expired():  # one that `on_block` raised
                 raise
@@ -184,7 +231,7 @@ class Fetcher:
         self._metrics.fetch_bytes.inc(job.bytes_fetched)
         self._metrics.fetch_seconds.observe(self._clock.now() - began)
         self._metrics.corrupt_blocks.labels("fetch").inc(job.corrupt)
-        return Fetched(job.blocks, job.bytes_fetched)
+        return Fetched(job.whole(), job.bytes_fetched)
 
     def _plan(self, hits: Sequence[Hit]) -> list[tuple[NodeRecord, list[int]]]:
         """Positions by stream. The streams of one node take turns, so that the prefix grows steadily."""
@@ -198,17 +245,36 @@ class Fetcher:
             plan += [(hits[positions[0]].node, positions[start::streams]) for start in range(streams)]
         return plan
 
-    async def _stream(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
-        """The blocks of one node: through its door, and what that did not give by a Get call."""
+    def _is_here(self, node: NodeRecord) -> bool:
+        """Whether blocks of a node are copied out of memory that it shares."""
+        return self._doors is not None and self._doors.to(node) == "local"
+
+    async def _by_sections(
+        self, job: Fetch, plan: list[tuple[NodeRecord, list[int]]], whole: list[asyncio.Task[None]], deadline_s: float
+    ) -> None:
+        """The last blocks, after those that come whole: a section of all of them, then the next."""
+        if whole:
+            await asyncio.wait(whole)
+        for section in range(SECTIONS):
+            async with asyncio.TaskGroup() as streams:
+                for node, positions in plan:
+                    if lacking := job.lacking(positions, section):
+                        streams.create_task(self._stream(job, node, lacking, deadline_s, section))
+
+    async def _stream(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, section: int | None = None) -> None:
+        """Blocks of one node, or a section of each: through its door, and what that did not give by a Get call."""
         done = 0
         if self._doors is not None and (way := self._doors.to(node)):
-            done = await self._through_door(job, node, positions, deadline_s, way)
+            done = await self._through_door(job, node, positions, deadline_s, way, section)
         if done < len(positions) and job.wanted(positions[done]):
-            await self._call(job, node, positions[done:], deadline_s)
+            await self._call(job, node, positions[done:], deadline_s, section)
 
-    async def _through_door(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, way: str) -> int:
+    async def _through_door(
+        self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, way: str, section: int | None
+    ) -> int:
         """How many of the leading blocks came through the door."""
         loop, done, came = asyncio.get_running_loop(), 0, self._metrics.fetched_blocks.labels(way)
+        begun = job.sections.lacking(section) if section else {}
 
         def accept(number: int, header: BlockHeader) -> bool:
             if not job.wanted(positions[number]):
@@ -221,13 +287,20 @@ class Fetcher:
         def take(blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
             nonlocal done
             done += len(blocks)
-            came.inc(len(blocks))
-            job.count(sum(block.header.total_bytes for _, block in blocks))
-            loop.call_soon_threadsafe(job.arrived, [(positions[number], block) for number, block in blocks])
+            if not section:
+                came.inc(len(blocks))
+                job.count(sum(block.header.total_bytes for _, block in blocks))
+            there = [(positions[number], block) for number, block in blocks]
+            for position, block in there:
+                job.placed(position, block, section)
+            loop.call_soon_threadsafe(job.arrived, there)
 
         def read(door: Door) -> int:
             keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
-            return door.read(keys, sizes, job.demand.input_tokens, accept, take, self._buffers, deadline_s + GRACE_S)
+            tokens, timeout_s = job.demand.input_tokens, deadline_s + GRACE_S
+            if section is None:
+                return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s)
+            return door.read_section(section, keys, [begun.get(p) for p in positions], tokens, accept, take, self._buffers, timeout_s)
 
         try:
             await self._doors.through(node, read)
@@ -239,10 +312,10 @@ class Fetcher:
             raise
         return done
 
-    async def _call(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float) -> None:
+    async def _call(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, section: int | None = None) -> None:
         """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
-        keys = [job.hits[p].key for p in positions]
-        request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True)
+        keys, begun = [job.hits[p].key for p in positions], job.sections.lacking(section) if section else {}
+        request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True, section=0 if section is None else section + 1)
         reader, position, came = None, positions[0], self._metrics.fetched_blocks.labels("grpc")
         try:
             async with aclosing(self._transport.get(node.address, request, deadline_s + GRACE_S)) as messages:
@@ -250,11 +323,12 @@ class Fetcher:
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return
-                    block = await reader.read(number, lambda header, at=position: job.check(at, header))
+                    block = await self._next(job, reader, number, position, section, begun.get(position))
                     if block is None:
                         break
+                    job.placed(position, block, section)
                     job.arrived([(position, block)])
-                    came.inc()
+                    came.inc(not section)
                 else:
                     position = len(job.hits)
         except CorruptBlockError as error:
@@ -270,3 +344,16 @@ class Fetcher:
         finally:
             job.miss(position)
             job.count(reader.bytes_read if reader else 0)
+
+    @staticmethod
+    async def _next(
+        job: Fetch, reader: BlockReader, number: int, position: int, section: int | None, block: EncodedBlock | None
+    ) -> EncodedBlock | None:
+        """The next block of a call, or a section of it, of `block` but for the first. None where it did not come as wanted."""
+
+        def accept(header: BlockHeader) -> bool:
+            return job.check(position, header)
+
+        if section is None:
+            return await reader.read(number, accept)
+        return await reader.read_section(number, section, block, accept)

@@ -28,6 +28,8 @@ from .profile import Profile
 
 Tokens = Sequence[int] | np.ndarray | torch.Tensor
 OnLayers = Callable[[int], None]
+#: Sections of smaller payloads are not worth their messages: those of 1 MiB take twice the time of whole blocks, those of 8 MiB no more.
+SECTIONED_FROM_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Codec(ABC):
     needs_tokens: ClassVar[bool] = False
     #: Whether `decode` has the model's lower layers long before the upper ones.
     layerwise: ClassVar[bool] = False
+    #: Whether the payload is that of the model's layers, one behind the other, all of one size: its sections can be decoded alone.
+    layer_major: ClassVar[bool] = False
     #: Bound on the error of any value, as a share of the block's largest |K| or |V|; None where the rate that is asked for decides.
     worst_error: ClassVar[float | None] = None
 
@@ -145,6 +149,15 @@ class Codec(ABC):
         """As `_decode`, and say how many of the model's first layers are done; for codecs that are `layerwise`, else all at once."""
         self._decode(blocks, tokens_BT, k_BLHTD, v_BLHTD)
         on_layers(self.layout.layers)
+
+    def _decode_when_ready(
+        self, blocks: Sequence[EncodedBlock], stored: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor,
+        v_BLHTD: torch.Tensor, on_layers: OnLayers, ready: OnLayers | None,
+    ) -> None:  # fmt: skip
+        """As `_decode_by_layers`, of payloads of which `ready` says what is there; all of it without one."""
+        if ready is not None:
+            ready(self.layout.layers)
+        self._decode_by_layers(stored, tokens_BT, k_BLHTD, v_BLHTD, on_layers)
 
     def _layer_bytes(self, start: int, tokens: int) -> tuple[int, ...] | None:
         """Exact bytes of each layer of precision, for formats of fixed size; None for others. Checked before `_decode`."""
@@ -245,7 +258,7 @@ class Codec(ABC):
             self.wire_id, DTYPES[dtype_name(lay.dtype)][0], lay.layers, lay.kv_heads, lay.head_dim, start, length, rows,
             len(rows), profile=self.profile_digest,
         )  # fmt: skip
-        return EncodedBlock.build(header, coded.layers)
+        return EncodedBlock.build(header, coded.layers, self.layer_major and len(coded.layers[0]) >= SECTIONED_FROM_BYTES)
 
     # ------------------------------------------------------------------------------------------------------------- decode
 
@@ -259,6 +272,7 @@ class Codec(ABC):
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
         device: torch.device | str | None = None,
         on_layers: OnLayers | None = None,
+        ready: OnLayers | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one block, or a batch of blocks of the same length.
 
@@ -275,6 +289,8 @@ class Codec(ABC):
             Where the result is made when `out` is not given; the CPU by default.
         on_layers : callable, optional
             Told, in this thread, how many of the model's first layers are in `out` for good; the last time that it is all of them.
+        ready : callable, optional
+            Called, in this thread, before the payload of so many first layers is read; returns when it is there, or raises.
 
         Returns
         -------
@@ -301,12 +317,11 @@ class Codec(ABC):
         lay = self.layout
         shape = (len(blocks), lay.layers, lay.kv_heads, length, lay.head_dim)
         if out is None:
-            out = torch.empty(shape, dtype=lay.dtype, device=device), torch.empty(shape, dtype=lay.dtype, device=device)
-            k, v = out
-            out = (k[0], v[0]) if single else out
+            k, v = (torch.empty(shape, dtype=lay.dtype, device=device) for _ in range(2))
+            out = (k[0], v[0]) if single else (k, v)
         else:
             k, v = (self._checked_out(x, shape, single) for x in out)
-        self._decode_by_layers(stored, ids, k, v, on_layers or (lambda layers: None))
+        self._decode_when_ready(blocks, stored, ids, k, v, on_layers or (lambda layers: None), ready)
         return out
 
     def _stored(self, block: EncodedBlock, fidelity: int | None) -> Stored:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from kvstore.block import Distortion
+from kvstore.block import SECTIONS, Distortion, EncodedBlock
 from kvstore.errors import CorruptBlockError
+from kvstore.rope import NO_ROPE
 
-from .base import Codec, Coded, Stored, relative
+from .base import Codec, Coded, OnLayers, Stored, relative
 from .transfer import begin_download, uploads
 
 #: Of K and V together in one pass: an encoder's temporaries take up to 16 bytes for each.
@@ -23,7 +25,12 @@ _PASS_VALUES = 16 << 20
 
 
 class BatchedCodec(Codec):
-    """Template: a subclass encodes and decodes a list of blocks on the CPU, and a pass of blocks of equal size on any device."""
+    """Template: a subclass encodes and decodes a list of blocks on the CPU, and a pass of blocks of equal size on any device.
+
+    The payload is that of the model's layers, one behind the other.
+    """
+
+    layer_major = True
 
     @abstractmethod
     def _encode_on_cpu(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> list[Coded]: ...
@@ -51,6 +58,24 @@ class BatchedCodec(Codec):
     def _decode(self, blocks: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor) -> None:
         decode = self._decode_on_cpu if k_BLHTD.device.type == "cpu" else self._decode_in_passes
         decode(blocks, k_BLHTD, v_BLHTD)
+
+    def _decode_when_ready(
+        self, blocks: Sequence[EncodedBlock], stored: Sequence[Stored], tokens_BT: torch.Tensor | None, k_BLHTD: torch.Tensor,
+        v_BLHTD: torch.Tensor, on_layers: OnLayers, ready: OnLayers | None,
+    ) -> None:  # fmt: skip
+        """Section by section, where all blocks have them: the payload of each is that of a block with so many layers."""
+        headers = [block.header for block in blocks]
+        if ready is None or not all(header.sections for header in headers):
+            super()._decode_when_ready(blocks, stored, tokens_BT, k_BLHTD, v_BLHTD, on_layers, ready)
+            return
+        for number in range(SECTIONS):
+            first, last = headers[0].layers_before(number), headers[0].layers_before(number + 1)
+            codec = type(self)(replace(self.layout, layers=last - first, rope=NO_ROPE), self.profile, self.config)
+            ready(last)
+            parts = [slice(*header.section(number)) for header in headers]
+            cut = [Stored(s.start, s.tokens, (s.layers[0][part],)) for s, part in zip(stored, parts, strict=True)]
+            codec._decode(cut, None, k_BLHTD[:, first:last], v_BLHTD[:, first:last])
+            on_layers(last)
 
     def _encode_in_passes(self, k_BLHTD: torch.Tensor, v_BLHTD: torch.Tensor, starts: Sequence[int]) -> Iterator[Coded]:
         passes = []

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kvstore import door
 from kvstore.arena import MARK_BYTES
+from kvstore.block import SECTIONS
 from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
@@ -188,6 +189,8 @@ class Guest:
             self._service.engine.holds.release(self._plans.pop(*door.NUMBER.unpack(body), 0))
         elif kind is Kind.GET:
             await self._get(body)
+        elif kind is Kind.SECTION and len(body) and body[0] < SECTIONS:
+            await self._get(body[1:], body[0])
         elif kind is Kind.PUT:
             await self._put(body)
         elif kind is Kind.END:
@@ -258,7 +261,7 @@ class Guest:
             found.entry.description = found.generation, described
         return described
 
-    async def _get(self, body: memoryview) -> None:
+    async def _get(self, body: memoryview, section: int | None = None) -> None:
         plan, request = self._look(body)
         lease = self._service.engine.lease(plan)
         try:
@@ -266,19 +269,20 @@ class Guest:
                 if found is None or not self._service.engine.intact(found):
                     await self._send_later(door.message(Kind.BLOCK, bytes((Status.NOT_FOUND,))))
                 else:
-                    await self._stream(found)
+                    await self._stream(found, section)
             await self._flush()
         finally:
-            self._service.engine.used(plan, request)
+            if not section:  # the others are the same use
+                self._service.engine.used(plan, request)
             self._service.engine.holds.release(lease)
 
-    async def _stream(self, found: Found) -> None:
-        """One block, and after its last byte whether all of them were its own."""
+    async def _stream(self, found: Found, section: int | None) -> None:
+        """One block, or a section of it, and after its last byte whether all of them were its own."""
         await self._send_later(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
-        size = found.header.payload_bytes
-        for offset in range(0, size, LARGE_BYTES):
-            for piece in await self._service.copier.read(found.header, found.layers, offset, min(LARGE_BYTES, size - offset)):
-                if size <= SMALL_BYTES:
+        begin, end = (0, found.header.payload_bytes) if section is None else found.header.section(section)
+        for offset in range(begin, end, LARGE_BYTES):
+            for piece in await self._service.copier.read(found.header, found.layers, offset, min(LARGE_BYTES, end - offset)):
+                if end - begin <= SMALL_BYTES:
                     await self._send_later(bytes(piece))
                 else:
                     await self._flush()

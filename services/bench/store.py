@@ -2,6 +2,7 @@
 
 A client moves 64 values in one call: by gRPC, through the node's door over TCP, and through shared memory; beside it, in turns, a plain
 TCP copy in Python, a memory copy, and Redis (an embedded Valkey) of the same bytes. Node, servers and clients are processes of their own.
+Then: lookups in a large index, a prompt's cache fetched and decoded, and how soon its lowest layers are there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvstore.metadata.embedded import start_valkey
 from kvstore.settings import format_size, parse_size
 
 from .base import Result, log, relative_speed
-from .stores import lookup
+from .stores import layers, lookup
 from .stores.party import Party, party
 
 STORES = ("memory", "plain_tcp", "redis", "grpc", "tcp", "same_host")
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="counted rounds (5; 3 with --quick)")
     parser.add_argument("--index", type=int, metavar="BLOCKS", help="blocks in the index (1000000; 50000 with --quick)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the node's arena is (%(default)s)")
-    parser.add_argument("--only", choices=("values", "lookup", "delivered"), help="one part alone")
+    parser.add_argument("--only", choices=("values", "lookup", "delivered", "layers"), help="one part alone")
     parser.add_argument("--model", metavar="DIR", help="whose cache is delivered: directory or hub name (default: the default model)")
     parser.add_argument(
         "--profile", metavar="FILE", help="profile of that model (default: what this machine has; without one, no transform)"
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> Result:
                 from .stores.delivered import measure
 
                 measure(result, server.url, args.model, args.profile)
+            if args.only in (None, "layers"):
+                layers.measure(result, server.url, args.quick)
         finally:
             server.stop()
     return result
@@ -161,4 +164,7 @@ def render(result: Result) -> str:
             ratios = ", ".join(f"{name} {value:.2f}" for name, value in row.items() if "_to_" in name)
             what = f"delivered {row['delivered']}, ratio {row['ratio']:.1f}, {row['path']}"
             lines.append(f"{what}: {row['raw_gb_per_s']:.2f} GB/s of raw K and V; {ratios}")
+        if "layers" in row:
+            what = f"the lowest quarter of the layers of {row['blocks']} blocks of {format_size(row['block_bytes'])}, {row['layers']}"
+            lines.append(f"{what}: {row['lowest_to_whole']:.2f} of the time of whole blocks, all layers {row['by_layers_to_whole']:.2f}")
     return "\n".join(lines)

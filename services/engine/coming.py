@@ -13,11 +13,17 @@ class Coming:
     """How many of the model's layers are in place. All methods may be called from any thread.
 
     Whoever decodes calls `there` and, in every case, `end`.
+
+    Parameters
+    ----------
+    stop : callable
+        Called when some layers are lost or nobody wants them any more, from any thread: what is still fetched need not come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[], None] = lambda: None) -> None:
         #: Whether some layers will never be there.
         self.lost = False
+        self._stop = stop
         self._there = 0
         self._ended = self._abandoned = False
         self._changed = threading.Condition()
@@ -38,6 +44,8 @@ class Coming:
             if not lost and not self._abandoned:
                 for call in self._when_whole:
                     call()
+        if lost:
+            self._stop()
         self._when_ended()
 
     def wait(self, layer: int, meanwhile: Callable[[], None] | None = None) -> None:
@@ -60,7 +68,10 @@ class Coming:
         """Nobody wants it any more; `call` is made when nothing is written any more, now or by whoever ends it."""
         with self._changed:
             self._abandoned = True
-            if not self._ended:
+            ended = self._ended
+            if not ended:
                 self._when_ended = call
-                return
-        call()
+        if ended:
+            call()
+        else:
+            self._stop()

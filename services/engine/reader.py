@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 import torch
 
-from kvstore.block import Distortion, EncodedBlock, Provenance
-from kvstore.client import Hit, KvClient
+from kvstore.block import SECTIONS, Distortion, EncodedBlock, Provenance
+from kvstore.client import Hit, KvClient, Sections
 from kvstore.clock import Clock
 from kvstore.codecs import Codec, codec_for_wire_id, name_of_wire_id
-from kvstore.errors import ConcertinaError, CorruptBlockError
+from kvstore.errors import ConcertinaError, CorruptBlockError, TransportError
 from kvstore.identity import NO_PARENT
 from kvstore.metrics import Metrics
 
+from .arrived import Arrived
 from .base import GenerateSpec
 from .coming import Coming
 from .job import Prefix
@@ -29,6 +30,9 @@ from .rates import Rates
 DECODE_BLOCKS = {"cpu": 8, "cuda": 32}
 #: Blocks of the last call, whose lower layers are computed with while the upper ones are decoded.
 LAST_BLOCKS = 32
+#: A step that waits for layers holds others' prompts up: it begins with the lower ones when the upper ones are expected within the first
+#: time, and those that have not come within the second are computed.
+HELD_S, MOST_HELD_S = 0.25, 1.0
 #: Codecs with a profile that are held at once; a profile takes some hundred MiB once it is in use.
 MAX_PROFILES = 4
 #: Of the time that is left after the lookup; the last blocks must still be decoded.
@@ -62,6 +66,7 @@ class StoreReader:
         self._replays, self._on_unknown = replays, on_unknown
         #: By what a block's header names: the codec's number and the profile's digest. Without a profile: None if it cannot be had.
         self._codecs: dict[tuple[int, bytes], Codec | None] = {}
+        self._fetching: set[asyncio.Task[int]] = set()  # upper layers, for which nobody waits here
         self.learn(codec)
 
     def learn(self, codec: Codec) -> None:
@@ -112,8 +117,12 @@ class StoreReader:
             coming.whole(lambda: loop.is_closed() or loop.call_soon_threadsafe(self._note, None, blocks, since, share))
 
     async def _fill(self, spec: GenerateSpec, prefix: Prefix, hits: Sequence[Hit], until: float) -> None:
-        """Fetch, and decode into place what has arrived while the rest is on its way."""
-        arrived = Arrived(len(hits))
+        """Fetch, and decode into place what has arrived while the rest is on its way.
+
+        Where lower layers are enough to go on with, upper ones may come after this has returned, until `kv.coming` has ended.
+        """
+        beside = computes_beside(prefix.kv.device) and not self._replays
+        arrived = Arrived(len(hits), Sections(LAST_BLOCKS) if beside else None)
         known = prefix.tokens // self._block_tokens
         parent = prefix.keys[known - 1] if known else NO_PARENT
 
@@ -122,7 +131,7 @@ class StoreReader:
                 fetched = await self._client.fetch(
                     hits, namespace=prefix.namespace, parent_of_first=parent, max_distortion=spec.max_distortion,
                     input_tokens=len(spec.tokens), deadline_s=FETCH_SHARE * max(0.0, until - self._clock.now()),
-                    on_block=lambda _, block: arrived.put(block),
+                    on_block=lambda _, block: arrived.put(block), sections=arrived.sections,
                 )  # fmt: skip
                 return fetched.bytes_fetched
             finally:
@@ -130,35 +139,58 @@ class StoreReader:
 
         task = asyncio.create_task(fetch())
         try:
-            await self._decode(spec, prefix, arrived, until)
-            prefix.report.bytes_fetched = await task
+            await self._decode(spec, prefix, arrived, until, partial(_cancel, asyncio.get_running_loop(), task))
+            if prefix.kv.coming is not None and not task.done():
+                self._fetching.add(task)  # until its deadline
+                task.add_done_callback(self._fetched)
+                prefix.report.bytes_fetched = arrived.bytes_taken
+            else:
+                prefix.report.bytes_fetched = await task
         finally:
-            task.cancel()
+            if task not in self._fetching:
+                task.cancel()
 
-    async def _decode(self, spec: GenerateSpec, prefix: Prefix, arrived: Arrived, until: float) -> None:
+    async def _decode(self, spec: GenerateSpec, prefix: Prefix, arrived: Arrived, until: float, stop: Callable[[], None]) -> None:
         """Decode blocks as they come until one cannot be read or the time is over; what is in place counts.
 
-        Of the last of them the lower layers are enough, where the codec is `layerwise` and the model `computes_beside` it, in steps that
-        are not replayed.
+        Of the last of them the lower layers are enough, where the model `computes_beside` it, in steps that are not replayed: those of
+        codecs that are `layerwise` are decoded so, and of blocks with sections the payload comes so.
         """
-        size = self._block_tokens
+        size, sections = self._block_tokens, arrived.sections
         while self._clock.now() < until and (block := await arrived.next()):
             first = prefix.tokens // size
             codec = self._codec_for(block, first * size)
             if codec is None:
                 return
-            ends = codec.layerwise and arrived.ends_within(LAST_BLOCKS)
-            batch = arrived.take_like(block, LAST_BLOCKS if ends else DECODE_BLOCKS[prefix.kv.device.type])
+            soon, ready, limit = True, None, DECODE_BLOCKS[prefix.kv.device.type]
+            if sections is not None and block.header.sections and arrived.left <= LAST_BLOCKS:
+                soon, ready = await self._coming_soon(arrived, sections)
+            elif sections is not None:  # those that come by sections are a batch of their own
+                limit = min(limit, max(1, arrived.left - LAST_BLOCKS))
+            ends = ready is not None or (codec.layerwise and arrived.ends_within(LAST_BLOCKS))
+            batch = arrived.take_like(block, LAST_BLOCKS if ends else limit)
             ids = [spec.tokens[(first + i) * size : (first + i + 1) * size] for i in range(len(batch))]
-            by_layers = ends and arrived.ends_within(0) and not self._replays and computes_beside(prefix.kv.device)
-            await self._decode_batch(prefix.kv, first, batch, codec, ids, by_layers)
+            coming = Coming(stop)
+            decode = partial(self._decode_into, prefix.kv, first, batch, codec, ids, coming, ready)
+            await self._decode_batch(prefix.kv, decode, coming, sections is not None and soon and ends and arrived.ends_within(0))
+            prefix.kv.length = (first + len(batch)) * size
             self._account(prefix, batch)
 
-    async def _decode_batch(
-        self, kv: LiveKV, first: int, batch: list[EncodedBlock], codec: Codec, ids: list[Sequence[int]], by_layers: bool
-    ) -> None:
+    async def _coming_soon(self, arrived: Arrived, sections: Sections) -> tuple[bool, Layers]:
+        """Whether the upper layers will have come before others are held up by a step that waits for them; and how to wait for them.
+
+        It is told when the lowest of all blocks are there. The others are given the time of a few such.
+        """
+        began = self._clock.now()
+        await arrived.all()
+        now = self._clock.now()
+        if (SECTIONS - 1) * (now - began) > HELD_S:
+            return False, sections.wait
+        return True, lambda layers: sections.wait(layers, now + MOST_HELD_S - self._clock.now())
+
+    async def _decode_batch(self, kv: LiveKV, decode: Callable[[Layers], None], coming: Coming, by_layers: bool) -> None:
         """Decode blocks of one codec into their pages; with `by_layers` until some layers are there, and `kv.coming` tells of the rest."""
-        loop, coming = asyncio.get_running_loop(), Coming()
+        loop = asyncio.get_running_loop()
         lower = loop.create_future()
 
         def on_layers(layers: int) -> None:
@@ -166,35 +198,46 @@ class StoreReader:
             if by_layers and not lower.done():
                 loop.call_soon_threadsafe(lambda: lower.done() or lower.set_result(None))
 
-        decoding = loop.run_in_executor(self._workers, self._decode_into, kv, first, batch, codec, ids, coming, on_layers)
+        decoding = loop.run_in_executor(self._workers, decode, on_layers)
         try:
             await asyncio.wait([decoding, lower], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
+            coming.abandon(lambda: None)
             await asyncio.wait([decoding])  # until then its pages are written to, and must not be given back
+            decoding.cancelled() or decoding.exception()  # nobody asks any more
             raise
         if decoding.done():
             decoding.result()
         else:
             kv.coming = coming
             decoding.add_done_callback(self._decoded)
-        kv.length = (first + len(batch)) * self._block_tokens
 
     @torch.inference_mode()
     def _decode_into(
-        self, kv: LiveKV, first: int, batch: list[EncodedBlock], codec: Codec, ids: list[Sequence[int]], coming: Coming, on_layers: Layers
+        self, kv: LiveKV, first: int, batch: list[EncodedBlock], codec: Codec, ids: list[Sequence[int]], coming: Coming,
+        ready: Layers | None, on_layers: Layers,
     ) -> None:  # fmt: skip
         began, lost = self._clock.now(), True
         try:
             pages = kv.page_ids[first : first + len(batch)]
-            kv.pool.fill(pages, lambda k, v, place: codec.decode(batch, tokens=ids, out=(k, v), on_layers=place), on_layers)
+            kv.pool.fill(pages, lambda k, v, place: codec.decode(batch, tokens=ids, out=(k, v), on_layers=place, ready=ready), on_layers)
             lost = False
         finally:
             coming.end(lost)
         self._metrics.decode_seconds.labels(codec=codec.name).observe(self._clock.now() - began)
 
+    def _fetched(self, task: asyncio.Task[int]) -> None:
+        self._fetching.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a fetch failed in an unforeseen way", exc_info=error)
+
     def _decoded(self, decoding: asyncio.Future[None]) -> None:
         """What was begun to be computed with is there, or lost: then it is computed again (`Core`)."""
-        if (error := decoding.exception()) is not None:
+        error = decoding.exception()
+        if isinstance(error, TransportError):
+            log.info("blocks did not come to the end: %s", error)
+            self._metrics.store_unavailable.labels(part="engine").inc()
+        elif error is not None:
             log.warning("blocks could not be decoded to the end: %s", error)
             self._metrics.corrupt_blocks.labels(where="decode").inc()
 
@@ -246,44 +289,7 @@ def computes_beside(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Arrived:
-    """Blocks that have come and wait to be decoded, in order; at most `expected`."""
-
-    def __init__(self, expected: int) -> None:
-        self._missing = expected
-        self._blocks: deque[EncodedBlock] = deque()
-        self._more = asyncio.Event()
-
-    def ends_within(self, blocks: int) -> bool:
-        """Whether no more will come, and at most so many wait."""
-        return not self._missing and len(self._blocks) <= blocks
-
-    def put(self, block: EncodedBlock) -> None:
-        """One more."""
-        self._blocks.append(block)
-        self._missing -= 1
-        self._more.set()
-
-    def end(self) -> None:
-        """No more will come."""
-        self._missing = 0
-        self._more.set()
-
-    async def next(self) -> EncodedBlock | None:
-        """The next one, which stays; None when there will be none."""
-        while not self._blocks and self._missing:
-            self._more.clear()
-            await self._more.wait()
-        return self._blocks[0] if self._blocks else None
-
-    def take_like(self, like: EncodedBlock, limit: int) -> list[EncodedBlock]:
-        """The next ones, as long as they go on from `like`, which is the first, with the same codec; at most `limit`."""
-        taken: list[EncodedBlock] = []
-        first = like.header
-        while self._blocks and len(taken) < limit:
-            header = self._blocks[0].header
-            start = first.start + len(taken) * first.tokens
-            if (header.codec, header.profile, header.tokens, header.start) != (first.codec, first.profile, first.tokens, start):
-                break
-            taken.append(self._blocks.popleft())
-        return taken
+def _cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Task[int]) -> None:
+    """Cancel a task from any thread."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(task.cancel)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvstore.block import EncodedBlock
-from kvstore.codecs import CODECS, codec_class, codec_for_wire_id, create, names
+from kvstore.block import SECTIONS, EncodedBlock
+from kvstore.codecs import CODECS, base, codec_class, codec_for_wire_id, create, names
 from kvstore.codecs.base import relative_error
 from kvstore.errors import ConfigError, CorruptBlockError, InvalidInputError, LayoutMismatchError
 from kvstore.layout import KVLayout
@@ -263,3 +263,35 @@ def test_layers_that_are_said_to_be_there_stay_as_they_are(name, layout):
     assert_same(codec.decode(blocks, tokens=tokens, out=out, on_layers=on_layers), want)
     assert seen == sorted(set(seen)) and seen[-1] == layout.layers
     assert len(seen) > 2 or not codec.layerwise or layout.layers < 128  # others are one group
+
+
+@every_layout
+@every_codec
+def test_no_layers_are_read_before_they_are_there(name, layout, monkeypatch):
+    """The payload of each section comes when it is asked for; until then other bytes stand in its place."""
+    monkeypatch.setattr(base, "SECTIONED_FROM_BYTES", 1)
+    codec, starts = make_codec(name, layout), [0, 32, 64]
+    k, v, tokens = (torch.stack(x) for x in zip(*(make_tensors(layout, 32, start, start) for start in starts), strict=True))
+    blocks = codec.encode(k, v, start=starts, tokens=tokens)
+    sectioned = codec.layer_major and layout.layers >= SECTIONS
+    assert all(bool(block.header.sections) == sectioned for block in blocks)
+    coming = [EncodedBlock(block.header, tuple(bytearray(b"\xff" * len(part)) for part in block.payload)) for block in blocks]
+    asked, done, want = [], [], codec.decode(blocks, tokens=tokens)
+    out = torch.empty_like(k), torch.empty_like(v)
+
+    def ready(layers: int) -> None:
+        asked.append(layers)
+        for block, whole in zip(coming, blocks, strict=True):
+            for there, part in zip(block.payload, whole.payload, strict=True):
+                size = len(part) // layout.layers * layers if sectioned else len(part)
+                there[:size] = part[:size]
+
+    def on_layers(layers: int) -> None:
+        assert_same((x[:, :layers] for x in out), (x[:, :layers] for x in want))
+        done.append(layers)
+
+    assert_same(codec.decode(coming, tokens=tokens, out=out, on_layers=on_layers, ready=ready), want)
+    if sectioned:
+        assert asked == done == [layout.layers * n // SECTIONS for n in range(1, SECTIONS + 1)]
+    else:
+        assert asked == [layout.layers]

@@ -89,6 +89,7 @@ class Fuzz:
         messages = [
             door.message(door.Kind.PLAN, number, *self._keys),
             door.message(door.Kind.GET, number, *self._keys),
+            door.message(door.Kind.SECTION, bytes([rng.randrange(8)]), number, *self._keys),
             door.message(door.Kind.DONE, number),
             b"".join(put),
             door.message(door.Kind.END),

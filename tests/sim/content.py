@@ -11,7 +11,7 @@ import numpy as np
 from kvstore.block import BlockHeader, Distortion, EncodedBlock, LayerInfo, Provenance
 from kvstore.identity import NO_PARENT, block_keys, digest
 
-BLOCKS, TOKENS = 6, 4
+BLOCKS, TOKENS, LAYERS = 6, 4, 6
 #: What each encoding of a prompt is like: bytes of each layer, error at the base (halved by each further layer), exactness of its prefix.
 ENCODINGS = (
     ((900,), 0.0, Provenance()),
@@ -44,6 +44,6 @@ def _block(namespace: bytes, keys: list[bytes], at: int, number: int) -> Encoded
     sizes, error, provenance = ENCODINGS[number]
     rng = random.Random(keys[at] + bytes([number]))
     rows = tuple(LayerInfo(0, 0, Distortion(error / 2**i, error / 2**i)) for i in range(len(sizes)))
-    header = BlockHeader(number + 1, 2, 1, 1, 8, at * TOKENS, TOKENS, rows, len(sizes))
-    block = EncodedBlock.build(header, [rng.randbytes(size + 60 * at) for size in sizes])
+    header = BlockHeader(number + 1, 2, LAYERS, 1, 8, at * TOKENS, TOKENS, rows, len(sizes))
+    block = EncodedBlock.build(header, [rng.randbytes(size + 60 * at) for size in sizes], sectioned=True)
     return block.with_identity(keys[at], namespace, keys[at - 1] if at else NO_PARENT, provenance)

@@ -33,9 +33,8 @@ def verify_nothing(header: BlockHeader, payload) -> EncodedBlock:
     return EncodedBlock(header, tuple(parts))
 
 
-def end_layers_unverified(self: Assembly) -> None:
-    rows = self._header.rows
-    while len(self._parts) < self._header.present and self._at - self._start == rows[len(self._parts)].size_bytes:
+def end_parts_unverified(self: Assembly) -> None:
+    while len(self._parts) < len(self._sizes) and self._at - self._start == self._sizes[len(self._parts)]:
         self._parts.append(self._buffer[self._start : self._at])
         self._start, self._crc = self._at, 0
 
@@ -83,7 +82,7 @@ async def fetch_late(self: KvClient, hits, *, deadline_s: float, **options):
 #: What is planted: where, what takes its place, and the words of the violation that must follow.
 BUGS = {
     "a client checks no CRC": (
-        [(EncodedBlock, "verify", verify_nothing), (Assembly, "_end_layers", end_layers_unverified)],
+        [(EncodedBlock, "verify", verify_nothing), (Assembly, "_end_parts", end_parts_unverified)],
         "bytes that nobody wrote",
     ),
     "a node checks no CRC": ([(BlockWriter, "write", write_unverified)], "holds bytes that nobody wrote"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
-from kvstore.client import Hit, KvClient
+from kvstore.client import Hit, KvClient, Sections
 from kvstore.client.assemble import BlockReader
-from kvstore.errors import ConcertinaError, CorruptBlockError
+from kvstore.errors import ConcertinaError, CorruptBlockError, TransportError
 from kvstore.metadata.base import NODE_TTL_S
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .cluster import CLIENT, Cluster
-from .content import BLOCKS, ENCODINGS, Prompt, prompts
+from .content import BLOCKS, ENCODINGS, LAYERS, Prompt, prompts
 from .loop import on_host
 from .transport import SimTransport
 
@@ -101,16 +101,28 @@ class Worker:
         began, told = self.cluster.loop.time(), []
         corrupt = self.client.metrics.corrupt_blocks.labels("fetch")._value
         before = corrupt.get()
+        sections = Sections(self.rng.randint(1, BLOCKS)) if self.rng.random() < 0.4 else None
         fetched = await self.client.fetch(
-            hits, namespace=namespace, max_distortion=bound, deadline_s=deadline_s, on_block=lambda at, block: told.append(block)
-        )
+            hits, namespace=namespace, max_distortion=bound, deadline_s=deadline_s, on_block=lambda at, block: told.append(block),
+            sections=sections,
+        )  # fmt: skip
         if corrupt.get() > before and namespace == prompt.namespace and not self.history.flips:
             self.history.violation("a block looked corrupt, though no bit was changed")
         self.history.ended("fetch", began, deadline_s)
         self.history.served(prompt.keys, namespace, bound, fetched.blocks)
-        if told != fetched.blocks:
+        if told[: len(fetched.blocks)] != fetched.blocks or (len(told) > len(fetched.blocks) and not self._said_lost(sections)):
             self.history.violation("the blocks that were delivered one by one are not those returned")
         return len(fetched.blocks)
+
+    @staticmethod
+    def _said_lost(sections: Sections | None) -> bool:
+        """Whether who waits for the upper layers of blocks that were given is told that they do not come."""
+        try:
+            if sections is not None:
+                sections.wait(LAYERS)
+            return False
+        except TransportError:
+            return True
 
     async def read_slowly(self) -> None:
         """Read a stream with long pauses while its pages are wanted by others."""

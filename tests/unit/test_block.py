@@ -2,13 +2,14 @@
 
 import struct
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block import BlockHeader, Distortion, EncodedBlock, LayerInfo, Provenance
+from kvstore.block import SECTIONS, BlockHeader, Distortion, EncodedBlock, LayerInfo, Provenance
 from kvstore.errors import CorruptBlockError, InvalidInputError
 
 EMPTY = LayerInfo(0, 0, Distortion(0.25, 0.5), 0.125)
@@ -41,6 +42,47 @@ def test_truncation_is_a_prefix(payload, data):
     assert len(block.header.rows) == len(payload), "the rows of dropped layers stay"
     with pytest.raises(InvalidInputError):
         block.truncate(fidelity + 1)
+
+
+def sectioned(layers: int, layer: bytes) -> EncodedBlock:
+    header = BlockHeader(7, 2, layers, 3, 64, 128, 64, (EMPTY,), 1)
+    return EncodedBlock.build(header, [bytes(i ^ b for i in range(layers) for b in layer)], sectioned=True)
+
+
+@given(st.integers(4, 40), st.binary(min_size=1, max_size=9))
+def test_sections_are_the_quarters_of_the_models_layers(layers, layer):
+    block = EncodedBlock.from_bytes(sectioned(layers, layer).to_bytes())
+    parts = [bytes(part) for number in range(SECTIONS) for part in block.section(number)]
+    assert b"".join(parts) == bytes(block.payload[0])
+    ends = [block.header.layers_before(number) for number in range(SECTIONS + 1)]
+    assert ends[0] == 0 and ends[-1] == layers
+    assert [len(part) for part in parts] == [len(layer) * (b - a) for a, b in pairwise(ends)]
+    assert max(b - a for a, b in pairwise(ends)) - min(b - a for a, b in pairwise(ends)) <= 1
+    for number, part in enumerate(parts):
+        block.header.check_section(number, crc32c(part))
+        with pytest.raises(CorruptBlockError):
+            block.header.check_section(number, crc32c(part + b"x"))
+    assert block.header.total_bytes == len(block.to_bytes()) and block.truncate(1) == block
+
+
+@pytest.mark.parametrize(("layers", "size", "fidelities"), [(3, 30, 1), (4, 30, 1), (4, 32, 2)])
+def test_what_does_not_divide_has_no_sections(layers, size, fidelities):
+    header = BlockHeader(7, 2, layers, 3, 64, 128, 64, (EMPTY,) * fidelities, fidelities)
+    block = EncodedBlock.build(header, [bytes(size)] * fidelities, sectioned=True)
+    assert not block.header.sections and EncodedBlock.from_bytes(block.to_bytes()).header == block.header
+    assert block.section(0) == block.payload and block.section(1) == ()
+    assert block.header.section(0) == (0, block.header.payload_bytes) and block.header.section(1) == (0, 0)
+    with pytest.raises(CorruptBlockError):
+        BlockHeader.from_bytes(replace(block.header, sections=(1, 2, 3, 4)).to_bytes())
+
+
+@given(st.data())
+def test_one_flipped_bit_of_a_block_with_sections_is_noticed(data):
+    blob = bytearray(sectioned(5, b"abc").to_bytes())
+    bit = data.draw(st.integers(0, 8 * len(blob) - 1))
+    blob[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(CorruptBlockError):
+        EncodedBlock.from_bytes(blob)
 
 
 @given(st.binary(max_size=400))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import grpc
 
+from kvstore.block import SECTIONS
+from kvstore.errors import InvalidInputError
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from ..config import FRAME_BYTES
@@ -32,6 +34,8 @@ class Get(Handler):
 
     async def call(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         asked = self.parse(request)
+        if asked.section > SECTIONS:
+            raise InvalidInputError(f"section {asked.section} of a block; there are at most {SECTIONS}, and 0 asks for whole blocks")
         engine = self.service.engine
         ids = self.service.ids(self.service.caller(context), asked.keys)
         use = engine.reading(ids, asked.input_tokens)
@@ -40,44 +44,49 @@ class Get(Handler):
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
-                await self._send(index, ids[index], found, asked.max_fidelity, outgoing)
+                await self._send(index, ids[index], found, asked, outgoing)
             await outgoing.flush()
         finally:
-            engine.used(plan, use)
+            if asked.section <= 1:  # the others are the same use
+                engine.used(plan, use)
             engine.holds.release(lease)
 
-    async def _send(self, index: int, id: bytes, found: Found | None, max_fidelity: int, outgoing: Outgoing) -> None:
+    async def _send(self, index: int, id: bytes, found: Found | None, asked: pb.GetRequest, outgoing: Outgoing) -> None:
         """One block: the best copy that the node has, and NOT_FOUND where it has none."""
         resident = found is not None and self.service.engine.intact(found)
-        best = resident and not self.service.spill.has_better(id, found.header, max_fidelity)
-        if not best and await self._send_spilled(index, id, max_fidelity, outgoing):
+        best = resident and not self.service.spill.has_better(id, found.header, asked.max_fidelity)
+        if not best and await self._send_spilled(index, id, asked, outgoing):
             return
         if found is not None:
-            await self._send_resident(index, found, outgoing)
+            await self._send_resident(index, found, asked.section, outgoing)
         else:
             await outgoing.send(get_frame(index, Status.NOT_FOUND))
 
-    async def _send_resident(self, index: int, found: Found, outgoing: Outgoing) -> None:
+    async def _send_resident(self, index: int, found: Found, section: int, outgoing: Outgoing) -> None:
         header = found.header.to_bytes()
-        size = found.header.payload_bytes
-        for offset in range(0, size, FRAME_BYTES):
+        begin, end = found.header.section(section - 1) if section else (0, found.header.payload_bytes)
+        if begin == end:
+            await outgoing.send(get_frame(index, Status.OK, header))
+        for offset in range(begin, end, FRAME_BYTES):
             pieces: list = []
             if self.service.engine.intact(found):
-                pieces = await self.service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, size - offset))
+                pieces = await self.service.copier.read(found.header, found.layers, offset, min(FRAME_BYTES, end - offset))
             if not pieces or not self.service.engine.intact(found):
-                await outgoing.send(get_frame(index, Status.DATA_LOSS if offset else Status.NOT_FOUND))
+                await outgoing.send(get_frame(index, Status.DATA_LOSS if offset > begin else Status.NOT_FOUND))
                 return
             await outgoing.send(get_frame(index, Status.OK, header, pieces))
             header = b""
 
-    async def _send_spilled(self, index: int, id: bytes, max_fidelity: int, outgoing: Outgoing) -> bool:
+    async def _send_spilled(self, index: int, id: bytes, asked: pb.GetRequest, outgoing: Outgoing) -> bool:
         """A block from a tier behind the arena, and back into it. Returns whether there was one."""
         async with self.service.spill.reading(id) as block:
             if block is None:
                 return False
-            part = block.truncate(max_fidelity) if 0 < max_fidelity < block.header.present else block
-            header = part.header.to_bytes()
-            for pieces in windows(part.payload, FRAME_BYTES):
+            part = block.truncate(asked.max_fidelity) if 0 < asked.max_fidelity < block.header.present else block
+            header, payload = part.header.to_bytes(), part.section(asked.section - 1) if asked.section else part.payload
+            if not sum(map(len, payload)):
+                await outgoing.send(get_frame(index, Status.OK, header))
+            for pieces in windows(payload, FRAME_BYTES):
                 await outgoing.send(get_frame(index, Status.OK, header, pieces))
                 header = b""
             await self.service.promote_read(id, block)

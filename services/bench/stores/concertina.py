@@ -50,8 +50,9 @@ class Concertina(Store):
     def before_get(self) -> None:
         self._hits = self._wait_for(self.values.count)
 
-    def get(self) -> Fetched:
-        fetched = self._run(self._client.fetch(self._hits, namespace=NAMESPACE, deadline_s=DEADLINE_S))
+    def get(self, **options: Any) -> Fetched:
+        """As `Store.get`; `options` are further ones of `KvClient.fetch`."""
+        fetched = self._run(self._client.fetch(self._hits, namespace=NAMESPACE, deadline_s=DEADLINE_S, **options))
         if len(fetched.blocks) != self.values.count:
             raise TransportError(f"only {len(fetched.blocks)} of {self.values.count} blocks came")
         return fetched

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*protos/concertina/kvstore/v1/kvstore.proto\x12\x15\x63oncertina.kvstore.v1\"/\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"l\n\x0eLookupResponse\x12\x33\n\x06\x62locks\x18\x01 \x03(\x0b\x32#.concertina.kvstore.v1.BlockSummary\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\x80\x02\n\x0c\x42lockSummary\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".concertina.kvstore.v1.BlockStatus\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x66idelity\x18\x04 \x01(\r\x12\x12\n\nfidelities\x18\x05 \x01(\r\x12\r\n\x05start\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x0e\n\x06parent\x18\x08 \x01(\x0c\x12\r\n\x05\x63odec\x18\t \x01(\r\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12\x11\n\tnamespace\x18\x0c \x01(\x0c\"T\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x14\n\x0cmax_fidelity\x18\x02 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x03 \x01(\r\x12\x0c\n\x04pack\x18\x04 \x01(\x08\"\xa3\x01\n\x0bGetResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".concertina.kvstore.v1.BlockStatus\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x30\n\x04more\x18\x05 \x03(\x0b\x32\".concertina.kvstore.v1.GetResponse\"\x83\x01\n\nPutRequest\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x14\n\x0cinput_tokens\x18\x04 \x01(\r\x12/\n\x04more\x18\x05 \x03(\x0b\x32!.concertina.kvstore.v1.PutRequest\"C\n\x0bPutResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x11\n\x0fReleaseResponse\"/\n\nPinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x13\n\x0bttl_seconds\x18\x02 \x01(\r\"C\n\x0bPinResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"E\n\rUnpinResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\x1c\n\x0c\x45victRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"E\n\rEvictResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"!\n\x0c\x43learRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\"4\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"+\n\x0bListRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\r\"Q\n\x0cListResponse\x12\x33\n\x06\x62locks\x18\x01 \x03(\x0b\x32#.concertina.kvstore.v1.BlockSummary\x12\x0c\n\x04next\x18\x02 \x01(\x0c\"\x0e\n\x0cStatsRequest\"\xf1\x02\n\rStatsResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x12\n\nfree_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x04\x12\x11\n\traw_bytes\x18\t \x01(\x04\x12\x14\n\x0cstored_bytes\x18\n \x01(\x04\x12\x11\n\tevictions\x18\x0b \x01(\x04\x12\x11\n\tdemotions\x18\x0c \x01(\x04\x12\x0e\n\x06leases\x18\r \x01(\x04\x12\x0e\n\x06pinned\x18\x0e \x01(\x04\x12\x12\n\npage_bytes\x18\x0f \x01(\x04\x12\x13\n\x0bspill_bytes\x18\x10 \x01(\x04\x12\x18\n\x10spill_used_bytes\x18\x11 \x01(\x04\x12\x16\n\x0espilled_blocks\x18\x12 \x01(\x04*\xd5\x01\n\x0b\x42lockStatus\x12\x1c\n\x18\x42LOCK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOCK_STATUS_OK\x10\x01\x12\x1a\n\x16\x42LOCK_STATUS_NOT_FOUND\x10\x02\x12#\n\x1f\x42LOCK_STATUS_RESOURCE_EXHAUSTED\x10\x03\x12\x1a\n\x16\x42LOCK_STATUS_DATA_LOSS\x10\x04\x12\x1f\n\x1b\x42LOCK_STATUS_ALREADY_EXISTS\x10\x05\x12\x15\n\x11\x42LOCK_STATUS_BUSY\x10\x06\x32\xd0\x06\n\x0eKVStoreService\x12U\n\x06Lookup\x12$.concertina.kvstore.v1.LookupRequest\x1a%.concertina.kvstore.v1.LookupResponse\x12N\n\x03Get\x12!.concertina.kvstore.v1.GetRequest\x1a\".concertina.kvstore.v1.GetResponse0\x01\x12N\n\x03Put\x12!.concertina.kvstore.v1.PutRequest\x1a\".concertina.kvstore.v1.PutResponse(\x01\x12X\n\x07Release\x12%.concertina.kvstore.v1.ReleaseRequest\x1a&.concertina.kvstore.v1.ReleaseResponse\x12L\n\x03Pin\x12!.concertina.kvstore.v1.PinRequest\x1a\".concertina.kvstore.v1.PinResponse\x12R\n\x05Unpin\x12#.concertina.kvstore.v1.UnpinRequest\x1a$.concertina.kvstore.v1.UnpinResponse\x12R\n\x05\x45vict\x12#.concertina.kvstore.v1.EvictRequest\x1a$.concertina.kvstore.v1.EvictResponse\x12R\n\x05\x43lear\x12#.concertina.kvstore.v1.ClearRequest\x1a$.concertina.kvstore.v1.ClearResponse\x12O\n\x04List\x12\".concertina.kvstore.v1.ListRequest\x1a#.concertina.kvstore.v1.ListResponse\x12R\n\x05Stats\x12#.concertina.kvstore.v1.StatsRequest\x1a$.concertina.kvstore.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*protos/concertina/kvstore/v1/kvstore.proto\x12\x15\x63oncertina.kvstore.v1\"/\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"l\n\x0eLookupResponse\x12\x33\n\x06\x62locks\x18\x01 \x03(\x0b\x32#.concertina.kvstore.v1.BlockSummary\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\x80\x02\n\x0c\x42lockSummary\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".concertina.kvstore.v1.BlockStatus\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x66idelity\x18\x04 \x01(\r\x12\x12\n\nfidelities\x18\x05 \x01(\r\x12\r\n\x05start\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x0e\n\x06parent\x18\x08 \x01(\x0c\x12\r\n\x05\x63odec\x18\t \x01(\r\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12\x11\n\tnamespace\x18\x0c \x01(\x0c\"e\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x14\n\x0cmax_fidelity\x18\x02 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x03 \x01(\r\x12\x0c\n\x04pack\x18\x04 \x01(\x08\x12\x0f\n\x07section\x18\x05 \x01(\r\"\xa3\x01\n\x0bGetResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x32\n\x06status\x18\x02 \x01(\x0e\x32\".concertina.kvstore.v1.BlockStatus\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x30\n\x04more\x18\x05 \x03(\x0b\x32\".concertina.kvstore.v1.GetResponse\"\x83\x01\n\nPutRequest\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x14\n\x0cinput_tokens\x18\x04 \x01(\r\x12/\n\x04more\x18\x05 \x03(\x0b\x32!.concertina.kvstore.v1.PutRequest\"C\n\x0bPutResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x11\n\x0fReleaseResponse\"/\n\nPinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x13\n\x0bttl_seconds\x18\x02 \x01(\r\"C\n\x0bPinResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"E\n\rUnpinResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"\x1c\n\x0c\x45victRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"E\n\rEvictResponse\x12\x34\n\x08statuses\x18\x01 \x03(\x0e\x32\".concertina.kvstore.v1.BlockStatus\"!\n\x0c\x43learRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\"4\n\rClearResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"+\n\x0bListRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\r\"Q\n\x0cListResponse\x12\x33\n\x06\x62locks\x18\x01 \x03(\x0b\x32#.concertina.kvstore.v1.BlockSummary\x12\x0c\n\x04next\x18\x02 \x01(\x0c\"\x0e\n\x0cStatsRequest\"\xf1\x02\n\rStatsResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x13\n\x0b\x61rena_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x12\n\nfree_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x04\x12\x11\n\traw_bytes\x18\t \x01(\x04\x12\x14\n\x0cstored_bytes\x18\n \x01(\x04\x12\x11\n\tevictions\x18\x0b \x01(\x04\x12\x11\n\tdemotions\x18\x0c \x01(\x04\x12\x0e\n\x06leases\x18\r \x01(\x04\x12\x0e\n\x06pinned\x18\x0e \x01(\x04\x12\x12\n\npage_bytes\x18\x0f \x01(\x04\x12\x13\n\x0bspill_bytes\x18\x10 \x01(\x04\x12\x18\n\x10spill_used_bytes\x18\x11 \x01(\x04\x12\x16\n\x0espilled_blocks\x18\x12 \x01(\x04*\xd5\x01\n\x0b\x42lockStatus\x12\x1c\n\x18\x42LOCK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOCK_STATUS_OK\x10\x01\x12\x1a\n\x16\x42LOCK_STATUS_NOT_FOUND\x10\x02\x12#\n\x1f\x42LOCK_STATUS_RESOURCE_EXHAUSTED\x10\x03\x12\x1a\n\x16\x42LOCK_STATUS_DATA_LOSS\x10\x04\x12\x1f\n\x1b\x42LOCK_STATUS_ALREADY_EXISTS\x10\x05\x12\x15\n\x11\x42LOCK_STATUS_BUSY\x10\x06\x32\xd0\x06\n\x0eKVStoreService\x12U\n\x06Lookup\x12$.concertina.kvstore.v1.LookupRequest\x1a%.concertina.kvstore.v1.LookupResponse\x12N\n\x03Get\x12!.concertina.kvstore.v1.GetRequest\x1a\".concertina.kvstore.v1.GetResponse0\x01\x12N\n\x03Put\x12!.concertina.kvstore.v1.PutRequest\x1a\".concertina.kvstore.v1.PutResponse(\x01\x12X\n\x07Release\x12%.concertina.kvstore.v1.ReleaseRequest\x1a&.concertina.kvstore.v1.ReleaseResponse\x12L\n\x03Pin\x12!.concertina.kvstore.v1.PinRequest\x1a\".concertina.kvstore.v1.PinResponse\x12R\n\x05Unpin\x12#.concertina.kvstore.v1.UnpinRequest\x1a$.concertina.kvstore.v1.UnpinResponse\x12R\n\x05\x45vict\x12#.concertina.kvstore.v1.EvictRequest\x1a$.concertina.kvstore.v1.EvictResponse\x12R\n\x05\x43lear\x12#.concertina.kvstore.v1.ClearRequest\x1a$.concertina.kvstore.v1.ClearResponse\x12O\n\x04List\x12\".concertina.kvstore.v1.ListRequest\x1a#.concertina.kvstore.v1.ListResponse\x12R\n\x05Stats\x12#.concertina.kvstore.v1.StatsRequest\x1a$.concertina.kvstore.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.concertina.kvstore.v1.kvstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BLOCKSTATUS']._serialized_start=1923
-  _globals['_BLOCKSTATUS']._serialized_end=2136
+  _globals['_BLOCKSTATUS']._serialized_start=1940
+  _globals['_BLOCKSTATUS']._serialized_end=2153
   _globals['_LOOKUPREQUEST']._serialized_start=69
   _globals['_LOOKUPREQUEST']._serialized_end=116
   _globals['_LOOKUPRESPONSE']._serialized_start=118
@@ -40,41 +40,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOCKSUMMARY']._serialized_start=229
   _globals['_BLOCKSUMMARY']._serialized_end=485
   _globals['_GETREQUEST']._serialized_start=487
-  _globals['_GETREQUEST']._serialized_end=571
-  _globals['_GETRESPONSE']._serialized_start=574
-  _globals['_GETRESPONSE']._serialized_end=737
-  _globals['_PUTREQUEST']._serialized_start=740
-  _globals['_PUTREQUEST']._serialized_end=871
-  _globals['_PUTRESPONSE']._serialized_start=873
-  _globals['_PUTRESPONSE']._serialized_end=940
-  _globals['_RELEASEREQUEST']._serialized_start=942
-  _globals['_RELEASEREQUEST']._serialized_end=976
-  _globals['_RELEASERESPONSE']._serialized_start=978
-  _globals['_RELEASERESPONSE']._serialized_end=995
-  _globals['_PINREQUEST']._serialized_start=997
-  _globals['_PINREQUEST']._serialized_end=1044
-  _globals['_PINRESPONSE']._serialized_start=1046
-  _globals['_PINRESPONSE']._serialized_end=1113
-  _globals['_UNPINREQUEST']._serialized_start=1115
-  _globals['_UNPINREQUEST']._serialized_end=1143
-  _globals['_UNPINRESPONSE']._serialized_start=1145
-  _globals['_UNPINRESPONSE']._serialized_end=1214
-  _globals['_EVICTREQUEST']._serialized_start=1216
-  _globals['_EVICTREQUEST']._serialized_end=1244
-  _globals['_EVICTRESPONSE']._serialized_start=1246
-  _globals['_EVICTRESPONSE']._serialized_end=1315
-  _globals['_CLEARREQUEST']._serialized_start=1317
-  _globals['_CLEARREQUEST']._serialized_end=1350
-  _globals['_CLEARRESPONSE']._serialized_start=1352
-  _globals['_CLEARRESPONSE']._serialized_end=1404
-  _globals['_LISTREQUEST']._serialized_start=1406
-  _globals['_LISTREQUEST']._serialized_end=1449
-  _globals['_LISTRESPONSE']._serialized_start=1451
-  _globals['_LISTRESPONSE']._serialized_end=1532
-  _globals['_STATSREQUEST']._serialized_start=1534
-  _globals['_STATSREQUEST']._serialized_end=1548
-  _globals['_STATSRESPONSE']._serialized_start=1551
-  _globals['_STATSRESPONSE']._serialized_end=1920
-  _globals['_KVSTORESERVICE']._serialized_start=2139
-  _globals['_KVSTORESERVICE']._serialized_end=2987
+  _globals['_GETREQUEST']._serialized_end=588
+  _globals['_GETRESPONSE']._serialized_start=591
+  _globals['_GETRESPONSE']._serialized_end=754
+  _globals['_PUTREQUEST']._serialized_start=757
+  _globals['_PUTREQUEST']._serialized_end=888
+  _globals['_PUTRESPONSE']._serialized_start=890
+  _globals['_PUTRESPONSE']._serialized_end=957
+  _globals['_RELEASEREQUEST']._serialized_start=959
+  _globals['_RELEASEREQUEST']._serialized_end=993
+  _globals['_RELEASERESPONSE']._serialized_start=995
+  _globals['_RELEASERESPONSE']._serialized_end=1012
+  _globals['_PINREQUEST']._serialized_start=1014
+  _globals['_PINREQUEST']._serialized_end=1061
+  _globals['_PINRESPONSE']._serialized_start=1063
+  _globals['_PINRESPONSE']._serialized_end=1130
+  _globals['_UNPINREQUEST']._serialized_start=1132
+  _globals['_UNPINREQUEST']._serialized_end=1160
+  _globals['_UNPINRESPONSE']._serialized_start=1162
+  _globals['_UNPINRESPONSE']._serialized_end=1231
+  _globals['_EVICTREQUEST']._serialized_start=1233
+  _globals['_EVICTREQUEST']._serialized_end=1261
+  _globals['_EVICTRESPONSE']._serialized_start=1263
+  _globals['_EVICTRESPONSE']._serialized_end=1332
+  _globals['_CLEARREQUEST']._serialized_start=1334
+  _globals['_CLEARREQUEST']._serialized_end=1367
+  _globals['_CLEARRESPONSE']._serialized_start=1369
+  _globals['_CLEARRESPONSE']._serialized_end=1421
+  _globals['_LISTREQUEST']._serialized_start=1423
+  _globals['_LISTREQUEST']._serialized_end=1466
+  _globals['_LISTRESPONSE']._serialized_start=1468
+  _globals['_LISTRESPONSE']._serialized_end=1549
+  _globals['_STATSREQUEST']._serialized_start=1551
+  _globals['_STATSREQUEST']._serialized_end=1565
+  _globals['_STATSRESPONSE']._serialized_start=1568
+  _globals['_STATSRESPONSE']._serialized_end=1937
+  _globals['_KVSTORESERVICE']._serialized_start=2156
+  _globals['_KVSTORESERVICE']._serialized_end=3004
 # @@protoc_insertion_point(module_scope)

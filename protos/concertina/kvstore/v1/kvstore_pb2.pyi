@@ -71,16 +71,18 @@ class BlockSummary(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., status: _Optional[_Union[BlockStatus, str]] = ..., size_bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., fidelities: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ..., parent: _Optional[bytes] = ..., codec: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., pinned: _Optional[bool] = ..., namespace: _Optional[bytes] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("keys", "max_fidelity", "input_tokens", "pack")
+    __slots__ = ("keys", "max_fidelity", "input_tokens", "pack", "section")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     MAX_FIDELITY_FIELD_NUMBER: _ClassVar[int]
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PACK_FIELD_NUMBER: _ClassVar[int]
+    SECTION_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     max_fidelity: int
     input_tokens: int
     pack: bool
-    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., max_fidelity: _Optional[int] = ..., input_tokens: _Optional[int] = ..., pack: _Optional[bool] = ...) -> None: ...
+    section: int
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., max_fidelity: _Optional[int] = ..., input_tokens: _Optional[int] = ..., pack: _Optional[bool] = ..., section: _Optional[int] = ...) -> None: ...
 
 class GetResponse(_message.Message):
     __slots__ = ("index", "status", "header", "payload", "more")
