@@ -19,7 +19,9 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
     STAGE                           STAGED   bytes u64 of memory that both may now see and the client writes, 0 if there is none; else with
                                     its descriptor; on the Unix socket only
     OFFER  OFFERs, each with its header      none: the payloads are about to lie in that memory, and the headers can be read meanwhile
-    FILLED                                   STATUSES a status u8 for each block that ends there: those of the last OFFER do
+    PART                                     none: the payloads of the last OFFER are there, and another OFFER follows
+    FILLED                                   STATUSES a status u8 for each block that ends there, since the last ones: those of the last
+                                    OFFER are there, too
 
 A RUN is ``offset u64 | bytes u64`` in the arena. What is copied from it is the block's if the 8 bytes at ``mark`` still are ``state`` after
 the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``,
@@ -69,6 +71,7 @@ class Kind(IntEnum):
     OFFER = 13
     FILLED = 14
     SECTION = 15
+    PART = 16
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:

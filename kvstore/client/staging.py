@@ -20,10 +20,10 @@ from .line import Line, map_memory
 #: Parts of the memory that are filled and emptied in turns. With more and smaller ones the node commits more often, which costs more than
 #: what could be done side by side.
 SLOTS = 2
-#: The node begins after so many bytes, while the next are written; but what is together no more than UNDIVIDED_BYTES goes in one message.
-FIRST_BYTES, UNDIVIDED_BYTES = 1 << 20, 4 << 20
-#: Blocks of one message.
-MAX_BLOCKS = 512
+#: A slot is offered in parts of so many bytes: the node takes one while the next is written.
+PART_BYTES = 2 << 20
+#: Pieces of blocks in one slot.
+MAX_PIECES = 512
 
 
 class Stage:
@@ -53,39 +53,40 @@ class Stage:
 
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
         """Put blocks. Returns a status for each."""
-        statuses, offered, rest = bytearray(), 0, Rest(blocks)
-        small = sum(block.header.payload_bytes for block, _ in blocks) <= UNDIVIDED_BYTES
-        first = min(UNDIVIDED_BYTES if small else FIRST_BYTES, self._slot)
+        statuses, slots, rest = bytearray(), 0, Rest(blocks)
         while rest:
-            if offered >= SLOTS:  # this slot is free when the message that last used it has been answered
+            if slots >= SLOTS:  # this slot is free when what last used it has been answered
                 statuses += line.receive(Kind.STATUSES)
-            offer, sources = self._offer(offered % SLOTS * self._slot, self._slot if offered else first, rest)
-            line.send([offer])  # the node reads the headers meanwhile
-            self._fill(sources)
-            line.send([door.message(Kind.FILLED)])
-            offered += 1
-        for _ in range(min(offered, SLOTS)):
+            self._write_slot(line, slots % SLOTS * self._slot, rest)
+            slots += 1
+        for _ in range(min(slots, SLOTS)):
             statuses += line.receive(Kind.STATUSES)
         return bytes(statuses)
 
-    def _offer(self, start: int, limit: int, rest: Rest) -> tuple[bytes, list[tuple[int, np.ndarray]]]:
-        """The message that offers what is next from `start` on, at most `limit` bytes of it, and what must be copied where for that."""
-        parts: list[bytes] = []
-        sources: list[tuple[int, np.ndarray]] = []
-        at, stop = start, start + limit
-        while rest and at < stop and len(parts) < 2 * MAX_BLOCKS:
-            header, tokens, pieces = rest.take(stop - at)
-            first = at
-            for piece in pieces:
-                sources.append((at, piece))
-                at += len(piece)
-            parts += (door.OFFER.pack(tokens, first, at - first, len(header)), header)
-            at = -(-at // ALIGNMENT) * ALIGNMENT
-        return door.message(Kind.OFFER, *parts), sources
+    def _write_slot(self, line: Line, at: int, rest: Rest) -> None:
+        """Offer and write what is next, as much as the slot at `at` holds."""
+        stop, left, kind = at + self._slot, MAX_PIECES, Kind.PART
+        while kind is Kind.PART:
+            parts: list[bytes] = []
+            sources: list[tuple[int, list[np.ndarray]]] = []
+            begin = at
+            while rest and at < stop and at - begin < PART_BYTES and left:
+                header, tokens, layers = rest.take(stop - at)
+                size = sum(map(len, layers))
+                parts += (door.OFFER.pack(tokens, at, size, len(header)), header)
+                sources.append((at, layers))
+                at, left = at - (-size // ALIGNMENT) * ALIGNMENT, left - 1
+            line.send([door.message(Kind.OFFER, *parts)])  # the node reads the headers meanwhile
+            self._fill(sources)
+            if not rest or at >= stop or not left:
+                kind = Kind.FILLED
+            line.send([door.message(kind)])
 
-    def _fill(self, sources: Sequence[tuple[int, np.ndarray]]) -> None:
-        for at, source in sources:
-            self._memory[at : at + len(source)] = source
+    def _fill(self, sources: Sequence[tuple[int, list[np.ndarray]]]) -> None:
+        for at, layers in sources:
+            for layer in layers:
+                self._memory[at : at + len(layer)] = layer
+                at += len(layer)
 
 
 class Rest:
@@ -100,13 +101,15 @@ class Rest:
         return bool(self._layers) or self._next < len(self._blocks)
 
     def take(self, limit: int) -> tuple[bytes, int, list[np.ndarray]]:
-        """Header and tokens of the block that is next, no header in its middle, and its next pieces, at most `limit` bytes in all."""
+        """Header and tokens of the block that is next, no header in its middle, and its next bytes, at most `limit`."""
         header, pieces = b"", []
         if not self._layers:
-            block, _ = self._blocks[self._next]
-            header = block.header.to_bytes()
-            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
+            block, tokens = self._blocks[self._next]
+            header, payload = block.header.to_bytes(), block.payload
             self._next += 1
+            if len(payload) == 1 and 0 < block.header.payload_bytes <= limit:  # most blocks
+                return header, tokens, [np.frombuffer(payload[0], np.uint8)]
+            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(payload) if len(layer)]
         while self._layers and limit:
             layer = self._layers.pop()
             if len(layer) > limit:

@@ -200,9 +200,11 @@ class Guest:
         elif kind is Kind.OFFER and self._stage is not None and self._offered is None and self._service.admitting:
             self._begin_writing()
             self._offered = self._stage.look(body)
-        elif kind is Kind.FILLED and self._stage is not None and self._offered is not None:
+        elif kind in (Kind.PART, Kind.FILLED) and self._stage is not None and self._offered is not None:
             offered, self._offered = self._offered, None
-            await self._filled(offered, self._stage)
+            await self._stage.take(offered, self._begin_writing())
+            if kind is Kind.FILLED:
+                await self._filled()
         else:
             raise TransportError(f"{kind.name} is no request now")
 
@@ -319,9 +321,9 @@ class Guest:
                 await incoming.take(PutFrame(index, None, piece, 0))
                 left -= len(piece)
 
-    async def _filled(self, offered: Sequence[Piece], stage: Stage) -> None:
+    async def _filled(self) -> None:
         incoming = self._begin_writing()
-        outcome = await stage.take(offered, incoming)
+        outcome = incoming.pause()
         if not incoming.open:
             self._incoming = self.write_ends = None
         for entry in await self._tell(outcome, incoming):
@@ -340,8 +342,7 @@ class Guest:
         if incoming is None:
             await self._send(door.message(Kind.STATUSES))
             return
-        incoming.pause()
-        await self._tell(incoming.statuses, incoming)
+        await self._tell(incoming.pause(), incoming)
 
     async def _tell(self, outcome: Sequence[Status], incoming: Incoming) -> list[Entry]:
         """What became of blocks; and what nobody waits for, once that is on its way. Returns the blocks that can be seen since then."""

@@ -20,7 +20,6 @@ from kvstore.errors import TransportError
 
 from .config import FRAME_BYTES, MAX_FRAME_BYTES
 from .handlers.put import Incoming, header_of
-from .status import Status
 
 STAGE_BYTES = 16 << 20
 #: Guests that may have one at a time; others send their blocks over the connection.
@@ -62,15 +61,15 @@ class Stage:
         """The pieces of an OFFER. Raises TransportError for what is none."""
         return [self._piece(*offer) for offer in door.split_offers(body)]
 
-    async def take(self, pieces: Iterable[Piece], incoming: Incoming) -> list[Status]:
-        """Take pieces that are there now. Returns the outcome of each block that ends there; one that does not is left open in `incoming`.
+    async def take(self, pieces: Iterable[Piece], incoming: Incoming) -> None:
+        """Take pieces that are there now. A block that does not end there is left open in `incoming`.
 
         Raises
         ------
         InvalidInputError
             For what cannot follow on what was there before; blocks before it stay.
         """
-        copied, before = 0, len(incoming.statuses)
+        copied = 0
         for run in _runs(pieces):
             while run:
                 if copied >= FRAME_BYTES:
@@ -81,8 +80,6 @@ class Stage:
                     await self._take(run[0], incoming)
                 copied += sum([piece.size for piece in run[: taken or 1]])
                 run = run[taken or 1 :]
-        incoming.pause()
-        return incoming.statuses[before:]
 
     def _piece(self, input_tokens: int, offset: int, size: int, header_bytes: memoryview) -> Piece:
         if size > STAGE_BYTES or offset > STAGE_BYTES - size:

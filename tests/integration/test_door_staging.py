@@ -38,6 +38,13 @@ def offer(*parts: bytes) -> bytes:
     return door.message(Kind.OFFER, *parts) + door.message(Kind.FILLED)
 
 
+def piece_of(block, offset: int, memory) -> bytes:
+    """One block written at `offset`, as an OFFER says it."""
+    payload, header = np.frombuffer(b"".join(block.payload), np.uint8), block.header.to_bytes()
+    memory[offset : offset + len(payload)] = payload
+    return door.OFFER.pack(0, offset, len(payload), len(header)) + header
+
+
 def resident_bytes(view: memoryview) -> int:
     """Of memory that this process maps, how much it has in its page table."""
     start = f"{np.frombuffer(view, np.uint8).ctypes.data:x}-"
@@ -148,6 +155,38 @@ async def test_of_blocks_that_come_together_each_gets_what_it_deserves() -> None
         guest.close()
 
 
+async def test_parts_are_taken_as_they_are_said_to_be_there() -> None:
+    """One answer comes for all."""
+    async with store() as (node, _):
+        guest, memory = await asyncio.to_thread(guest_of, node)
+        blocks = chain(6, size=4000)
+        for first, stop, kind in ((0, 2, Kind.PART), (2, 5, Kind.PART), (5, 6, Kind.FILLED)):
+            pieces = [piece_of(block, number * 8192, memory) for number, block in enumerate(blocks[first:stop], first)]
+            await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, *pieces), door.message(kind)])
+            async with asyncio.timeout(10):
+                while len(node.engine._writing) + len(node.engine.table) < stop:
+                    await asyncio.sleep(0.01)
+            assert len(node.engine.table) == (6 if kind is Kind.FILLED else 0)
+        assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == bytes([Status.OK] * 6)
+        node.engine.check()
+        for block in blocks:
+            assert b"".join(node._payload(node.engine.table.get(block.header.key))) == b"".join(block.payload)
+        guest.close()
+
+
+async def test_a_guest_that_leaves_between_two_parts_leaves_what_was_whole() -> None:
+    async with store() as (node, _):
+        guest, memory = await asyncio.to_thread(guest_of, node)
+        (block,) = chain(1, size=4000)
+        await asyncio.to_thread(guest.send, [door.message(Kind.OFFER, piece_of(block, 0, memory)), door.message(Kind.PART)])
+        guest.close()
+        async with asyncio.timeout(10):
+            while not node.engine.table.get(block.header.key):
+                await asyncio.sleep(0.01)
+        node.engine.check()
+        assert node.engine.reserved_bytes == 0
+
+
 async def test_offers_that_are_none_end_the_connection() -> None:
     async with store() as (node, _):
         (block,) = chain(1, size=4000)
@@ -160,6 +199,8 @@ async def test_offers_that_are_none_end_the_connection() -> None:
             [door.OFFER.pack(0, 0, 4000, 0)],
             [b"short"],
             door.message(Kind.FILLED),
+            door.message(Kind.PART),
+            door.message(Kind.OFFER, door.OFFER.pack(0, 0, 4000, len(header)), header) + 2 * door.message(Kind.PART),
             2 * door.message(Kind.OFFER, door.OFFER.pack(0, 0, 4000, len(header)), header),
         ):
             guest, _ = await asyncio.to_thread(guest_of, node)

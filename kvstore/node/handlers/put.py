@@ -61,6 +61,7 @@ class Incoming:
         self.statuses: list[Status] = []
         self._service = service
         self._owner = owner
+        self._told = 0  # of `statuses`
         self._request: Request | None = None
         self._last_key = b""
         self.open = False
@@ -162,12 +163,14 @@ class Incoming:
             self._last_key = run[-1].header.key
         return len(run)
 
-    def pause(self) -> None:
-        """What has come for the moment is to be answered: `settle`, which makes it true, before anything else happens."""
+    def pause(self) -> list[Status]:
+        """What has come for the moment is to be answered: outcomes since the last time; `settle`, which makes them true, comes next."""
         if self.header is None or self._left <= 0:
             self._close()
         for index, reservation in self._waiting.values():
             self.statuses[index] = self._service.engine.outcome(reservation)
+        told, self._told = self._told, len(self.statuses)
+        return self.statuses[told:]
 
     def settle(self) -> list[Entry]:
         """Make visible what is whole, and do what nobody need wait for. Returns what was not visible before."""
