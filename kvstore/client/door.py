@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 from crc32c import crc32c
@@ -35,9 +35,12 @@ log = logging.getLogger(__name__)
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, BATCH_GROWTH, LAST_BATCH_BYTES = 8 << 20, 4, 32 << 20
 MAX_BATCH_KEYS = 512
+#: Batches asked for at first: the node plans the next one while one is copied.
+AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
 OK = 1
+_UNFIT = "a plan of the door does not fit its block or its arena"
 _PEER = struct.Struct("3i")
 #: Headers of what was read lately: a prefix that many prompts share is read again and again.
 _parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
@@ -63,6 +66,19 @@ class Door(Line):
         super().__init__(peer)
         self.arena = arena
         self._stage: Stage | None = None
+        self._asked = False
+
+    def ask(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
+        """Send what the next call, of `read` or with a `section` of `read_section`, begins with; it is to have the same arguments."""
+        self.deadline = time.monotonic() + timeout_s
+        said = door.NUMBER.pack(tokens)
+        if section is not None:
+            self.send([door.message(Kind.SECTION, bytes((section,)), said, *keys)])
+        elif self.arena is None:
+            self.send([door.message(Kind.GET, said, *keys)])
+        else:
+            self.send([self._plan(keys, said, batch) for batch in islice(_batches(sizes), AHEAD)])
+        self._asked = True
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float
@@ -86,9 +102,10 @@ class Door(Line):
         CorruptBlockError
             For bytes that do not certify themselves; the blocks before it have been taken.
         """
-        self.deadline = time.monotonic() + timeout_s
-        way = self._read_stream if self.arena is None else self._read_shared
-        return way(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
+        self._begin(keys, sizes, tokens, timeout_s)
+        if self.arena is None:
+            return self._read_blocks(None, [None] * len(keys), accept, take, Carver(buffers))
+        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
 
     def read_section(
         self, section: int, keys: Sequence[bytes], blocks: Sequence[EncodedBlock | None], tokens: int, accept: Accept, take: Take,
@@ -98,9 +115,14 @@ class Door(Line):
 
         A block without sections comes whole with the first.
         """
-        self.deadline = time.monotonic() + timeout_s
-        self.send([door.message(Kind.SECTION, bytes((section,)), door.NUMBER.pack(tokens), *keys)])
+        self._begin(keys, (), tokens, timeout_s, section)
         return self._read_blocks(section, blocks, accept, take, Carver(buffers))
+
+    def _begin(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
+        """`ask`, unless that was done."""
+        if not self._asked:
+            self.ask(keys, sizes, tokens, timeout_s, section)
+        self._asked = False
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -127,16 +149,14 @@ class Door(Line):
     # ---- shared memory
 
     def _read_shared(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
-        batches = list(_batches(sizes))  # the node is asked for the next one while this one is copied
-        self.send([self._ask(keys, tokens, batch) for batch in batches[:2]])
-        taken = 0
+        batches, taken = list(_batches(sizes)), 0
         for number, (first, stop) in enumerate(batches):
             answer = self.receive(Kind.PLANNED)
             copied, damage = self._copy_all(first, stop, answer, accept, memory)
             take(copied)
             taken += len(copied)
             done = door.message(Kind.DONE, bytes(answer[: door.NUMBER.size]))
-            self.send([done, *(self._ask(keys, tokens, batch) for batch in batches[number + 2 : number + 3])])
+            self.send([done, *(self._plan(keys, tokens, batch) for batch in batches[number + AHEAD : number + AHEAD + 1])])
             if taken < stop:
                 if number + 1 < len(batches):
                     self.close()  # the next plan is not wanted
@@ -146,7 +166,7 @@ class Door(Line):
         return taken
 
     @staticmethod
-    def _ask(keys: Sequence[bytes], tokens: bytes, batch: tuple[int, int]) -> bytes:
+    def _plan(keys: Sequence[bytes], tokens: bytes, batch: tuple[int, int]) -> bytes:
         return door.message(Kind.PLAN, tokens, *keys[batch[0] : batch[1]])
 
     def _copy_all(
@@ -154,57 +174,57 @@ class Door(Line):
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
         """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
         copied: list[tuple[int, EncodedBlock]] = []
-        copies, ends, marks, damage = self.arena.copies(), [], [], ""
+        copies, marks, damage = self.arena.copies(), [], ""
+        ends: list[int] = []  # of each layer the number of the copy with its CRC; -1 for an empty one
         try:
-            for number, planned in enumerate(_parse_plan(answer, stop - first), first):
-                header = _parse_header(planned.header)
+            for number, (head, runs, mark) in enumerate(_parse_plan(answer, stop - first), first):
+                header = _parse_header(head)
                 if not accept(number, header):
                     break
-                block, last = self._prepare(header, planned.runs, memory, copies)
-                copied.append((number, block))
-                ends.append(last)
-                marks.append(planned.mark)
+                copied.append((number, self._prepare(header, runs, memory, copies, ends)))
+                marks.append(mark)
         except CorruptBlockError as error:
             damage = str(error)
-        crcs, whole = [*copies.make(), 0], 0
-        try:
-            for (_, block), last in zip(copied, ends, strict=True):
-                for layer, copy in enumerate(last, 1):
-                    block.header.check_layer(layer, crcs[copy])
-                whole += 1
-        except CorruptBlockError as error:
-            damage = str(error)
+        made = [*copies.make(), 0]
+        whole, damaged = _certified([block.header for _, block in copied], [made[end] for end in ends])
         sound = self.arena.sound(marks)
         # What another block was written over meanwhile is not damaged, but gone.
-        return copied[: min(whole, sound)], damage if sound >= min(whole + 1, len(marks)) else ""
+        return copied[: min(whole, sound)], (damaged or damage) if sound >= min(whole + 1, len(marks)) else ""
 
     def _prepare(
-        self, header: BlockHeader, runs: Sequence[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies
-    ) -> tuple[EncodedBlock, list[int]]:
-        """One block as it will be once `copies` are made, and of each layer the number of the copy with its CRC; -1 for an empty one."""
-        if not header.payload_bytes:
+        self, header: BlockHeader, runs: list[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies, ends: list[int]
+    ) -> EncodedBlock:
+        """One block as it will be once `copies` are made; adds to `ends` for each layer."""
+        total = header.payload_bytes
+        if not total:
             raise CorruptBlockError("a block without payload came through the door")
-        (payload, place), left, parts, ends, stop = memory.take(header.payload_bytes), runs[::-1], [], [], 0
+        payload, place = memory.take(total)
+        if len(runs) == 1 and header.present == 1 and runs[0][1] == total:  # most blocks
+            self._copy(place, *runs[0], False, copies)
+            ends.append(len(copies) - 1)
+            return EncodedBlock(header, (payload,))
+        left, parts, stop = runs[::-1], [], 0
         for row in header.rows[: header.present]:
             start = at = stop
             stop = start + row.size_bytes
             while at < stop:
                 offset, size = left.pop() if left else (0, 0)
-                if not 0 < size <= stop - at or offset + size > self.arena.size_bytes:
-                    raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-                copies.add(place + at, self.arena.address + offset, size, goes_on=at > start)
+                if not 0 < size <= stop - at:
+                    raise CorruptBlockError(_UNFIT)
+                self._copy(place + at, offset, size, at > start, copies)
                 at += size
             ends.append(len(copies) - 1 if stop > start else -1)
             parts.append(payload[start:stop])
         if left:
-            raise CorruptBlockError("a plan of the door does not fit its block or its arena")
-        return EncodedBlock(header, tuple(parts)), ends
+            raise CorruptBlockError(_UNFIT)
+        return EncodedBlock(header, tuple(parts))
+
+    def _copy(self, to: int, offset: int, size: int, goes_on: bool, copies: Copies | DeviceCopies) -> None:
+        if offset + size > self.arena.size_bytes:
+            raise CorruptBlockError(_UNFIT)
+        copies.add(to, self.arena.address + offset, size, goes_on)
 
     # ---- over the connection
-
-    def _read_stream(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
-        self.send([door.message(Kind.GET, tokens, *keys)])
-        return self._read_blocks(None, [None] * len(keys), accept, take, memory)
 
     def _read_blocks(self, section: int | None, blocks: Sequence[EncodedBlock | None], accept: Accept, take: Take, memory: Carver) -> int:
         with _Taken(take) as taken:
@@ -322,30 +342,39 @@ def _check_user(peer: socket.socket) -> None:
         raise TransportError(f"the node's door is kept by user {uid}")
 
 
-class _Planned(NamedTuple):
-    """Of a block in shared memory: its header, where its payload lies, and where which number says that it still does."""
-
-    header: bytes
-    runs: list[tuple[int, int]]
-    mark: tuple[int, int]
+#: Of a block in shared memory: its header, where its payload lies, and where which number says that it still does.
+_Planned = tuple[bytes, list[tuple[int, int]], tuple[int, int]]
 
 
 def _parse_plan(answer: bytes | memoryview, count: int) -> Iterator[_Planned]:
     """Each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short."""
     answer, at = bytes(answer), door.NUMBER.size
     for _ in range(count):
-        if at + door.PLANNED.size > len(answer):
+        begin = at + door.PLANNED.size
+        if begin > len(answer):
             raise CorruptBlockError("a plan of the door is cut short")
         status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(answer, at)
-        at += door.PLANNED.size
-        stop = at + header_bytes + runs * door.RUN.size
-        if stop > len(answer):
+        runs_at = begin + header_bytes
+        at = runs_at + runs * door.RUN.size
+        if at > len(answer):
             raise CorruptBlockError("a plan of the door is cut short")
         if status != OK:
             return
-        runs_at = at + header_bytes
-        yield _Planned(answer[at:runs_at], list(door.RUN.iter_unpack(answer[runs_at:stop])), (mark, state))
-        at = stop
+        yield answer[begin:runs_at], list(door.RUN.iter_unpack(answer[runs_at:at])), (mark, state)
+
+
+def _certified(headers: Sequence[BlockHeader], crcs: list[int]) -> tuple[int, str]:
+    """How many leading blocks have in all their layers these CRCs, and what is wrong with the next."""
+    if crcs == [row.crc32c for header in headers for row in header.rows[: header.present]]:
+        return len(headers), ""
+    left = iter(crcs)
+    for number, header in enumerate(headers):
+        try:
+            for layer in range(1, header.present + 1):
+                header.check_layer(layer, next(left, -1))
+        except CorruptBlockError as error:
+            return number, str(error)
+    return len(headers), ""
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -63,8 +63,14 @@ class Doors:
             return "local"
         return "tcp" if "tcp" in self._paths and node.door else None
 
-    async def through(self, node: NodeRecord, work: Callable[[Door], T]) -> T | None:
+    async def through(self, node: NodeRecord, work: Callable[[Door], T], ask: Callable[[Door], None] = lambda door: None) -> T | None:
         """`work` with a door of `node`, in a thread; None where that did not come to its end and gRPC must go on.
+
+        Parameters
+        ----------
+        ask : callable
+            Sends at once, in this thread, what `work` would send first, where a connection is open: the node answers while the thread
+            wakes. It must be able to do without.
 
         Raises
         ------
@@ -74,8 +80,14 @@ class Doors:
         way = self.to(node)
         if way is None:
             return None
+        door = self._asked(node, ask)
+        working = self._threads.submit(self._work, node, way, work, door)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._work, node, way, work)
+            return await asyncio.wrap_future(working)
+        except asyncio.CancelledError:
+            if working.cancel() and door is not None:  # no thread has it, nor ever will
+                door.close()
+            raise
         except CorruptBlockError:
             raise
         except (ConcertinaError, OSError, ValueError) as error:
@@ -98,11 +110,21 @@ class Doors:
         self._threads.shutdown(wait=True)
         self.keep(set())
 
-    def _work(self, node: NodeRecord, way: str, work: Callable[[Door], T]) -> T:
-        idle = self._idle[node.incarnation]
+    def _asked(self, node: NodeRecord, ask: Callable[[Door], None]) -> Door | None:
+        """An open door that has been asked, if there is one."""
+        if not (idle := self._idle[node.incarnation]):
+            return None
+        door = idle.pop()
         try:
-            door = idle.pop()
-        except IndexError:
+            ask(door)
+            return door
+        except (ConcertinaError, OSError):
+            door.close()
+            return None
+
+    def _work(self, node: NodeRecord, way: str, work: Callable[[Door], T], door: Door | None) -> T:
+        idle = self._idle[node.incarnation]
+        if door is None:
             door = open_door(node, way == "local", self._token, OPEN_TIMEOUT_S)
             if door.arena is not None:
                 door.arena = self._arenas.setdefault(node.incarnation, door.arena)

@@ -28,7 +28,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from .assemble import BlockReader
 from .buffers import Buffers
 from .config import ClientConfig
-from .door import Door
+from .door import MAX_BATCH_KEYS, Door
 from .doors import Doors
 from .lookup import Hit
 from .membership import Membership
@@ -87,9 +87,9 @@ class Fetch:
         """Whether a block at `position` can still become part of the prefix."""
         return position < self._limit
 
-    def by_sections(self, position: int) -> bool:
-        """Whether a block at `position` is to come section by section, where it can."""
-        return self.sections is not None and position >= len(self.hits) - self.sections.last
+    def whole_ones(self, positions: Sequence[int]) -> list[int]:
+        """Those before the last ones, which come by sections."""
+        return [p for p in positions if p < len(self.hits) - self.sections.last]
 
     def miss(self, position: int) -> None:
         """Cut the prefix before `position`."""
@@ -98,7 +98,7 @@ class Fetch:
 
     def arrived(self, blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
         """Take verified blocks, or further sections of them; `deliver` hands each block out when its turn comes."""
-        self._arrived.update((position, block) for position, block in blocks if position >= len(self.blocks))
+        self._arrived.update(blocks)
         self._progress.set()
 
     def lacking(self, positions: Sequence[int], section: int) -> list[int]:
@@ -108,12 +108,14 @@ class Fetch:
             return [p for p in positions if p in begun and self.wanted(p)]
         return [p for p in positions if p >= len(self.blocks) and p not in self._arrived and self.wanted(p)]
 
-    def placed(self, position: int, block: EncodedBlock, section: int | None) -> None:
-        """A section of a block is there, or all of it. May be called from any thread, before `arrived`."""
-        if section:
-            self.sections.add(position)
-        elif section == 0 and block.header.sections:
-            self.sections.begin(position, block)
+    def placed(self, blocks: Sequence[tuple[int, EncodedBlock]], section: int) -> Sequence[tuple[int, EncodedBlock]]:
+        """A section of each is there. May be called from any thread. Returns what `arrived` is to be told of: those that begin."""
+        for position, block in blocks:
+            if section:
+                self.sections.add(position)
+            elif block.header.sections:
+                self.sections.begin(position, block)
+        return () if section else blocks
 
     def count(self, size_bytes: int) -> None:
         """Count bytes that came. May be called from any thread."""
@@ -165,9 +167,11 @@ class Fetch:
             self._claimed_bytes += size
             if self._claimed_bytes > self.config.fetch_bytes:
                 return False
-        own, before = header.rows[header.present - 1].distortion, header.provenance.distortion
         bound = self.demand.max_distortion
-        return bound <= 0 or all(error <= bound for error in (own.keys, own.values, before.keys, before.values))
+        if bound <= 0:
+            return True
+        own, before = header.rows[header.present - 1].distortion, header.provenance.distortion
+        return all(error <= bound for error in (own.keys, own.values, before.keys, before.values))
 
 
 class Fetcher:
@@ -206,8 +210,9 @@ class Fetcher:
     ) -> Fetched:
         began = self._clock.now()
         job = Fetch(hits, demand, self._config, sections)
-        plan = self._plan(hits)
-        whole = [(node, [p for p in positions if self._is_here(node) or not job.by_sections(p)]) for node, positions in plan]
+        plan = whole = self._plan(hits)
+        if sections is not None:
+            whole = [(node, positions if self._is_here(node) else job.whole_ones(positions)) for node, positions in plan]
         streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in whole if positions]
         if sections is not None:
             streams.append(asyncio.create_task(self._by_sections(job, plan, list(streams), deadline_s)))
@@ -291,19 +296,22 @@ class Fetcher:
                 came.inc(len(blocks))
                 job.count(sum(block.header.total_bytes for _, block in blocks))
             there = [(positions[number], block) for number, block in blocks]
-            for position, block in there:
-                job.placed(position, block, section)
-            loop.call_soon_threadsafe(job.arrived, there)
+            loop.call_soon_threadsafe(job.arrived, there if section is None else job.placed(there, section))
+
+        keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
+        tokens, timeout_s = job.demand.input_tokens, deadline_s + GRACE_S
+
+        def ask(door: Door) -> None:
+            if len(keys) <= MAX_BATCH_KEYS:  # which the connection takes without waiting for the node
+                door.ask(keys, sizes, tokens, timeout_s, section)
 
         def read(door: Door) -> int:
-            keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
-            tokens, timeout_s = job.demand.input_tokens, deadline_s + GRACE_S
             if section is None:
                 return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s)
             return door.read_section(section, keys, [begun.get(p) for p in positions], tokens, accept, take, self._buffers, timeout_s)
 
         try:
-            await self._doors.through(node, read)
+            await self._doors.through(node, read, ask)
         except CorruptBlockError as error:
             log.warning("a block of a fetch from %s was damaged, and is asked for once more: %s", node.address, error)
         except asyncio.CancelledError:
@@ -326,8 +334,8 @@ class Fetcher:
                     block = await self._next(job, reader, number, position, section, begun.get(position))
                     if block is None:
                         break
-                    job.placed(position, block, section)
-                    job.arrived([(position, block)])
+                    there = [(position, block)]
+                    job.arrived(there if section is None else job.placed(there, section))
                     came.inc(not section)
                 else:
                     position = len(job.hits)
