@@ -10,8 +10,10 @@ from kvstore.door import Kind
 
 #: Seconds for each piece of a payload to move.
 PIECE_S = 10.0
-#: What is smaller is sent and received together with what is beside it.
+#: What is smaller is sent together with what is beside it.
 SMALL_BYTES = 256 << 10
+#: Of a connection that no payloads are expected on.
+RESTING_BYTES = 64 << 10
 #: Bytes of a payload that are sent, or received at most, at a time: as the processor's own cache holds.
 LARGE_BYTES = 1 << 20
 
@@ -24,7 +26,7 @@ class Inbox:
 
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
-        self._buffer = memoryview(bytearray(SMALL_BYTES))
+        self._buffer = memoryview(bytearray(RESTING_BYTES))
         self._start = self._stop = 0
 
     def grow(self) -> None:
@@ -33,8 +35,8 @@ class Inbox:
 
     def shrink(self) -> None:
         """Payloads are not expected any more."""
-        if self._stop - self._start <= SMALL_BYTES:
-            self._resize(SMALL_BYTES)
+        if self._stop - self._start <= RESTING_BYTES:
+            self._resize(RESTING_BYTES)
 
     def _resize(self, size: int) -> None:
         if len(self._buffer) != size:
