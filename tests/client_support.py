@@ -44,6 +44,7 @@ class LoopbackTransport:
         self.sent: list[bytes] = []
         self.put_delay_s = 0.0
         self.status: dict[bytes, int] = {}
+        self.told: dict[str, list[bytes]] = defaultdict(list)  # keys that came without a payload
         self._frame_bytes = frame_bytes
 
     async def get(self, address, request, timeout_s):
@@ -80,7 +81,12 @@ class LoopbackTransport:
                 blobs[frame.index] += frame.header + frame.payload
         statuses = []
         for blob in blobs.values():
-            key = EncodedBlock.from_bytes(blob).header.key
+            header = EncodedBlock.from_bytes(blob).header
+            key = header.key
+            if not header.payload_bytes:
+                self.told[address].append(key)
+                statuses.append(pb.BLOCK_STATUS_DATA_LOSS)
+                continue
             statuses.append(self.status.get(key, pb.BLOCK_STATUS_OK))
             if statuses[-1] == pb.BLOCK_STATUS_OK:
                 self.stored[address][key] = blob

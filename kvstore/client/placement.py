@@ -39,7 +39,9 @@ class Placement:
         self._placer.home = near[0] if len(near) == 1 and len(self._reports) > 1 else None
         self._placer.update({incarnation: report for incarnation, (_, report) in self._reports.items()})
 
-    def choose(self, keys: Sequence[bytes], size_bytes: int, parent: str | None = None, before: bytes | None = None) -> str:
+    def choose(
+        self, keys: Sequence[bytes], size_bytes: int, parent: str | None = None, before: bytes | None = None, coming_bytes: int = 0
+    ) -> str:
         """The incarnation that a run of blocks, together `size_bytes`, should go to. At least one node must be known.
 
         Parameters
@@ -48,13 +50,19 @@ class Placement:
             Incarnation of the node that has the parent of the first block; None when the index does not know.
         before : bytes, optional
             Key of that parent: where it was sent a moment ago, the index may not know yet.
+        coming_bytes : int
+            What is going to `follow` of the same run.
         """
         if parent is None and before is not None:
             parent = self._placer.last_place(before)
-        chosen = self._placer.choose(keys, size_bytes, parent)
+        chosen = self._placer.choose(keys, size_bytes, parent, coming_bytes)
         if chosen is None:
             raise LookupError("no node is known to place blocks on")
         return chosen
+
+    def follow(self, keys: Sequence[bytes], size_bytes: int, node: str) -> None:
+        """More of a run goes to the incarnation that was chosen for its beginning, which must still be known."""
+        self._placer.follow(keys, size_bytes, node)
 
 
 def _report(record: NodeRecord) -> Pressure:

@@ -1,8 +1,9 @@
 """Write-behind publishing: a bounded queue that sheds what does not fit, and one task that empties it.
 
 The caller never waits. Each round takes a batch, asks the index once which of its blocks are already held as good and where their
-parents are, chooses nodes for the rest, and sends one Put stream to each. What is little, and can go to one node of this host only, is
-sent to it unasked.
+parents are, chooses a node for the rest of each request, in however many batches it comes, and sends one Put stream to each. What is
+little, and can go to one node of this host only, is sent to it unasked. Of what follows a refused block the headers alone are sent: its
+policy goes by all that is asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from kvstore.arena.host import host_identity
@@ -36,8 +39,10 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 #: No more than this is sent to a node of this host without asking the index what it has already.
 UNASKED_BYTES = 8 << 20
-#: Refused blocks that are remembered, so that what follows them is not sent.
+#: Refused blocks that are remembered, so that of what follows them no payload is sent.
 MAX_REFUSED = 16_384
+#: Runs of which more may come.
+MAX_BEGUN = 1024
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 #: Outcome of a block -> reason under which it counts as dropped. The other outcomes mean that the store has it.
@@ -53,6 +58,7 @@ class _Item(NamedTuple):
     size_bytes: int
     input_tokens: int
     copy_to: str = ""
+    told: bool = False  # its header alone
 
 
 class Publisher:
@@ -78,7 +84,8 @@ class Publisher:
         self._corrupt = metrics.corrupt_blocks
         self._gauge = metrics.publish_queue_blocks
         self._placement = Placement(host_identity())
-        self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()  # by whom
+        self._begun: OrderedDict[tuple[bytes, int], str] = OrderedDict()  # node of a run, by the last key so far and its prompt's length
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
         self._in_flight = 0
@@ -225,26 +232,54 @@ class Publisher:
         """A node for each block that no living node holds as good; a worse copy is replaced where it is."""
         self._placement.update(nodes.values())
         homes = {key: place.incarnation for key, places in found.items() for place in places if place.incarnation in nodes}
-        new: list[_Item] = []
-        for item in batch:
-            header = item.block.header
-            held = [place for place in found[header.key] if place.incarnation in nodes]
-            if item.copy_to:
-                if item.copy_to in nodes and len(held) == 1 and held[0].incarnation != item.copy_to:
-                    yield nodes[item.copy_to], item
-            elif not held and header.parent in self._refused and not found.get(header.parent):
-                self._refuse(header.key)  # without its parent it would only take room
-                self._drop(1, "no_room")
-            elif not held:
-                self._refused.pop(header.key, None)  # asked again, and perhaps wanted now
-                new.append(item)
-            elif all(place.fidelity < header.present for place in held):
-                yield nodes[held[0].incarnation], item
-        for run in _runs(new):
-            first = run[0].block.header
-            size = sum(item.size_bytes for item in run)
-            home = self._placement.choose([item.block.header.key for item in run], size, homes.get(first.parent), first.parent)
-            yield from ((nodes[home], item) for item in run)
+        for run in _runs(batch):
+            placed: list[tuple[str, _Item]] = []
+            new: list[_Item] = []
+            for item in run:
+                header = item.block.header
+                held = [place for place in found[header.key] if place.incarnation in nodes]
+                if item.copy_to:
+                    if item.copy_to in nodes and len(held) == 1 and held[0].incarnation != item.copy_to:
+                        placed.append((item.copy_to, item))
+                elif not held and header.parent in self._refused and not found.get(header.parent):
+                    placed.append(self._without_payload(item))
+                elif not held:
+                    self._refused.pop(header.key, None)  # asked again, and perhaps wanted now
+                    new.append(item)
+                    placed.append(("", item))
+                elif all(place.fidelity < header.present for place in held):
+                    placed.append((held[0].incarnation, item))
+            home = self._home(run, new, homes, nodes)
+            yield from ((nodes[node or home], item) for node, item in placed if not item.told or node in nodes)
+
+    def _without_payload(self, item: _Item) -> tuple[str, _Item]:
+        """A block that would only take room without its parent: its header, for the node that refused the parent."""
+        header = item.block.header
+        node = self._refused[header.parent]
+        self._refuse(header.key, node)
+        self._drop(1, "no_room")
+        return node, item._replace(block=EncodedBlock.build(replace(header, rows=header.rows[:1]), (b"",)), told=True)
+
+    def _home(self, run: list[_Item], new: list[_Item], homes: dict[bytes, str], nodes: dict[str, NodeRecord]) -> str:
+        """The node for what is `new` of a run: the one that has its beginning, else the one where least has to leave for all of it."""
+        first, last = run[0], run[-1]
+        coming = next(_runs(chain((last,), self._queue)))[1:]
+        home = self._begun.pop((first.block.header.parent, first.input_tokens), "")
+        if home not in nodes:
+            home = ""
+        if new:
+            keys, size = [item.block.header.key for item in new], sum(item.size_bytes for item in new)
+            if home:
+                self._placement.follow(keys, size, home)
+            else:
+                parent = new[0].block.header.parent
+                coming_bytes = sum(item.size_bytes for item in coming)
+                home = self._placement.choose(keys, size, homes.get(parent), parent, coming_bytes)
+        if home and (coming or last.input_tokens):
+            self._begun[last.block.header.key, last.input_tokens] = home
+            if len(self._begun) > MAX_BEGUN:
+                self._begun.popitem(last=False)
+        return home
 
     async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
         """One Put stream. Returns what a failing node did not take."""
@@ -256,19 +291,21 @@ class Publisher:
         except ConcertinaError as error:
             log.info("node %s did not take %d blocks: %s", node.address, len(items), error)
             self._membership.suspect(node, "node")
-            return items
+            return [item for item in items if not item.told]
         for item, status in zip(items, statuses, strict=False):
+            if item.told:
+                continue  # it is not stored, as was said before
             if status in _DROPPED:
                 self._drop(1, _DROPPED[status])
             if status == pb.BLOCK_STATUS_RESOURCE_EXHAUSTED:
-                self._refuse(item.block.header.key)
+                self._refuse(item.block.header.key, node.incarnation)
             if status == pb.BLOCK_STATUS_DATA_LOSS:
                 self._corrupt.labels("publish").inc()
         return []
 
-    def _refuse(self, key: bytes) -> None:
-        """The store does not want this block, so none that follows it either."""
-        self._refused[key] = None
+    def _refuse(self, key: bytes, incarnation: str) -> None:
+        """This node does not want the block, so the store wants none that follows it either."""
+        self._refused[key] = incarnation
         self._refused.move_to_end(key)
         while len(self._refused) > MAX_REFUSED:
             self._refused.popitem(last=False)

@@ -219,27 +219,33 @@ class Placer:
         """The node that a block was last placed on, None if that is not remembered."""
         return self._before.get(id)
 
-    def choose(self, ids: Sequence[BlockId], size_bytes: int, parent: str | None = None) -> str | None:
+    def choose(self, ids: Sequence[BlockId], size_bytes: int, parent: str | None = None, coming_bytes: int = 0) -> str | None:
         """Node for the run of blocks `ids` of together `size_bytes`, None where no node is known.
 
         Parameters
         ----------
         parent : str or None
             Node that holds the parent of the first block.
+        coming_bytes : int
+            What is going to `follow` of the same run.
         """
         if not self._reports:
             return None
-        prices = {node: report.price(size_bytes) for node, report in self._reports.items()}
+        prices = {node: report.price(size_bytes + coming_bytes) for node, report in self._reports.items()}
         chosen = min(prices, key=lambda node: (prices[node], -self._reports[node].cheapest_bytes(), node))
         least = prices[chosen]
         for node, tolerance in zip((self._before.get(ids[0]), parent, self.home), self.tolerance, strict=True):
             if node in prices and prices[node] <= least * tolerance:
                 chosen = node
                 break
-        self._reports[chosen].take(size_bytes)
+        self.follow(ids, size_bytes, chosen)
+        return chosen
+
+    def follow(self, ids: Sequence[BlockId], size_bytes: int, node: str) -> None:
+        """Note that the blocks `ids` of together `size_bytes` go to `node`, of which there is a report."""
+        self._reports[node].take(size_bytes)
         for id in ids:
-            self._before[id] = chosen
+            self._before[id] = node
             self._before.move_to_end(id)
         while len(self._before) > self.remember_blocks:
             self._before.popitem(last=False)
-        return chosen

@@ -93,14 +93,15 @@ class ValuePolicy(EvictionPolicy):
 
     def access(self, request: Request, blocks: Sequence[BlockInfo]) -> None:
         self._count_forgotten()
-        self._now = now = max(request.now, self._now)
         begins = request.seq != self._seq
-        if begins:
+        if begins:  # what follows of the same request was used at the same time: else its beginning, being older, would seem to leave first
+            self._now = max(request.now, self._now)
             self._seq, self._base = request.seq, None
             self._requests += 1
             self._all_requests += 1
         if not blocks:
             return
+        now = self._now
         self._rival.fit(round(self.table.size))
         slots, known = self._enter(blocks, now, begins)
         self._rival.came(now, len(blocks), blocks[-1].depth + 1)

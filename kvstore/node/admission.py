@@ -10,6 +10,7 @@ from kvstore.clock import Clock
 from kvstore.codecs import PROFILE_WIRE_ID
 from kvstore.eviction.base import BlockInfo, EvictionPolicy, Request
 from kvstore.eviction.cluster import is_admitted
+from kvstore.identity import NO_PARENT
 
 from .floors import FloorTable
 from .quotas import QuotaTable
@@ -74,10 +75,13 @@ class Admission:
         else:
             return None
         if self._table.get(id) is None:  # of one that is resident, in a worse copy, the policy must not hear that it went
-            info = self.info(header, owner)
-            self._policy.access(request, [info])  # so that it knows the block when it comes back
-            self._policy.removed(info.id)
+            self._missed(request, self.info(header, owner))
         return self.refused(id, request, reason)
+
+    def told(self, header: BlockHeader, request: Request, owner: str) -> None:
+        """A block that is not here was asked for too; it did not come, since a block before it was refused."""
+        parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
+        self._missed(request, BlockInfo(block_id(owner, header.key), parent, header.start // header.tokens, (self._page_bytes,), (1.0,)))
 
     def info(self, header: BlockHeader, owner: str) -> BlockInfo:
         """The block as the policy is told of it: its ladder ends at the floor of its owner or namespace."""
@@ -87,6 +91,11 @@ class Admission:
         """Note that the request's block was refused, by whomever; answers `reason`."""
         self._refused = id, request.seq
         return reason
+
+    def _missed(self, request: Request, info: BlockInfo) -> None:
+        """Tell the policy of a block that was asked for and is not here, so that it knows it when it comes back."""
+        self._policy.access(request, [info])
+        self._policy.removed(info.id)
 
     def _is_worth(self, header: BlockHeader, request: Request, owner: str, pages: int) -> bool:
         """Whether a block would not be the next to leave."""

@@ -108,14 +108,16 @@ class NodeEngine:
                 return Status.BUSY
         needs = layer_pages(header, self.config.page_bytes)
         total = sum(needs)
-        if not total:
-            return Status.DATA_LOSS  # costs no page, so their number would have no bound
+        if not total:  # it would cost no page, so their number would have no bound
+            self.admission.told(header, request, owner)
+            self.requests.used(request, [id])
+            return Status.DATA_LOSS
         if total > self.allocator.pages:
             return self._reject("too_large")
         if self.reserved_pages and self.reserved_pages + total > self.allocator.pages // 2:
             return self._reject("writers")
         if refusal := self.admission.refusal(header, request, owner, total):
-            return self._reject(refusal)
+            return self._refuse(id, request, refusal)
         parent = self.table.get(block_id(owner, header.parent))
         if parent is not None:
             self.holds.take(parent)  # else the parent, a leaf until its child is here, could be the victim that makes room for it
@@ -126,7 +128,7 @@ class NodeEngine:
                 self.holds.give(parent)
             if not isinstance(error, CapacityError):
                 raise
-            return self._reject(self.admission.refused(id, request, "no_room"))
+            return self._refuse(id, request, self.admission.refused(id, request, "no_room"))
         reservation = Reservation(id, owner, header, [self.allocator.alloc(count) for count in needs], request, parent)
         self._writing[id] = reservation
         self.changes += 1
@@ -312,6 +314,11 @@ class NodeEngine:
     def _reject(self, reason: str) -> Status:
         self.tally.rejected[reason] += 1
         return Status.RESOURCE_EXHAUSTED
+
+    def _refuse(self, id: bytes, request: Request, reason: str) -> Status:
+        """As `_reject`; calls with what follows the block belong to its request all the same."""
+        self.requests.used(request, [id])
+        return self._reject(reason)
 
     def _touch(self, entries: Sequence[Entry], request: Request) -> None:
         """Tell the policy of a use: each block once and root first, in whatever order and how often the caller named them."""

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore import door
 from kvstore.arena import Arena
+from kvstore.block import EncodedBlock
 from kvstore.checked_copy import Copies
 from kvstore.client.door import open_door
 from kvstore.client.line import map_memory
@@ -126,6 +127,19 @@ async def test_the_copy_is_checked_and_not_what_a_writer_makes_of_the_original(m
             assert bytes(await asyncio.to_thread(guest.receive, Kind.STATUSES)) == bytes([expected])
             assert (node.engine.table.get(block.header.key) is not None) == (expected is Status.OK)
             assert node.engine.reserved_bytes == 0
+        guest.close()
+
+
+async def test_blocks_without_a_payload_are_not_stored_and_the_policy_hears_of_them() -> None:
+    async with store() as (node, _):
+        guest = await asyncio.to_thread(open_door, node.record, True, "", 30.0)
+        blocks = chain(6, size=4000)
+        told = [EncodedBlock.build(replace(block.header, rows=block.header.rows[:1]), (b"",)) for block in blocks]
+        mixed = [*blocks[:3], *told[3:5], blocks[5]]
+        outcome = [Status.OK] * 3 + [Status.DATA_LOSS] * 2 + [Status.OK]
+        assert list(await asyncio.to_thread(guest.write, [(block, 4) for block in mixed], 60.0)) == outcome
+        assert all(node.engine.policy._ghosts.find(block.header.key) for block in told[3:5])
+        node.engine.check()
         guest.close()
 
 

@@ -20,6 +20,14 @@ def test_the_first_minutes_are_whole_blocks_at_a_faster_pace() -> None:
     assert not any(part.partial)
 
 
+def test_late_requests_are_the_same_in_the_same_order() -> None:
+    trace = eviction.sessions(2.0)
+    again = eviction.late(trace, 1)
+    assert [(r.input_tokens, list(r.blocks)) for r in again.requests] == [(r.input_tokens, list(r.blocks)) for r in trace.requests]
+    assert all(0.0 <= one.now - other.now <= 0.01 for one, other in zip(again.requests, trace.requests, strict=True))
+    assert again.requests == eviction.late(trace, 1).requests != eviction.late(trace, 2).requests
+
+
 def test_sessions_are_the_same_for_the_same_seed_and_come_back() -> None:
     trace = eviction.sessions(2.0)
     assert trace.requests == eviction.sessions(2.0).requests

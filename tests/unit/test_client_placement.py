@@ -80,6 +80,15 @@ def test_what_follows_goes_where_its_parent_was_sent_even_before_the_index_knows
     assert placement.choose([b"v"], MIB, "gone") != "gone", "a parent on a node that is gone decides nothing"
 
 
+def test_a_node_is_chosen_by_the_price_of_all_that_is_coming():
+    placement = Placement()
+    placement.update([node("a", 64 * MIB, 60 * MIB, 1.0), node("b", 64 * MIB, 64 * MIB, 0.01)])
+    assert placement.choose([b"x"], MIB)[0] == "a"
+    assert placement.choose([b"y"], MIB, coming_bytes=31 * MIB)[0] == "b"
+    placement.follow([b"z"], 31 * MIB, "b" * 16)
+    assert placement.choose([b"v"], MIB, None, b"z")[0] == "a", "what followed took what was cheap"
+
+
 def test_the_one_node_on_the_writers_host_is_preferred_at_an_equal_price():
     placement = Placement(host="here")
     placement.update([node("a", 64 * MIB), node("b", 64 * MIB, host="here")])

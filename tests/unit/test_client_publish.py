@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from kvstore.block import EncodedBlock
 from kvstore.client import ClientConfig
 from kvstore.errors import ConfigError, InvalidInputError, TransportError
+from kvstore.eviction.cluster import BINS, Pressure, bin_of
 from kvstore.identity import NO_PARENT
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from tests.client_support import NODES, Bench, chain
@@ -187,3 +189,54 @@ async def test_what_follows_a_refused_block_is_not_sent():
         bench.client.publish(blocks)
         assert await bench.client.flush(5)
         assert set.union(*where(bench)) == {b.header.key for b in blocks}, "it may be wanted later"
+
+
+async def test_the_node_that_refused_a_block_hears_of_what_follows_without_its_payload():
+    blocks = chain(9)
+    async with Bench(batch_blocks=2) as bench:
+        bench.transport.status = {blocks[3].header.key: pb.BLOCK_STATUS_RESOURCE_EXHAUSTED}
+        bench.client.publish(blocks)
+        assert await bench.client.flush(5)
+        (first,) = [address for address, stored in bench.transport.stored.items() if stored]
+        assert bench.transport.told == {first: [b.header.key for b in blocks[4:]]}
+        assert bench.count("publish_dropped", "no_room") == 6
+        assert bench.count("corrupt_blocks", "publish") == bench.count("publish_dropped", "corrupt") == 0
+
+
+async def test_of_what_follows_a_refused_block_nobody_else_hears():
+    blocks = chain(6)
+    async with Bench(batch_blocks=2, suspect_s=60.0) as bench:
+        bench.transport.status = {blocks[1].header.key: pb.BLOCK_STATUS_RESOURCE_EXHAUSTED}
+        bench.client.publish(blocks[:2])
+        assert await bench.client.flush(5)
+        (first,) = [address for address, stored in bench.transport.stored.items() if stored]
+        bench.transport.fail[first] = TransportError("gone")
+        bench.client.publish(blocks[2:])
+        assert await bench.client.flush(5)
+        assert not bench.transport.told
+        assert set.union(*where(bench)) == {blocks[0].header.key}
+        assert bench.count("publish_dropped", "no_room") == 5
+
+
+def priced(node, cheap_bytes: int, value: float, rest: float):
+    """The node full, with so many bytes of `value`, all others worth `rest`."""
+    by_value = [0] * BINS
+    by_value[bin_of(value)] = cheap_bytes
+    by_value[bin_of(rest)] += node.arena_bytes - cheap_bytes
+    return replace(node, used_bytes=node.arena_bytes, pressure=Pressure(0, node.arena_bytes, by_value).to_text())
+
+
+@pytest.mark.parametrize("input_tokens", [0, 64])
+async def test_a_request_goes_to_one_node_in_however_many_batches_it_comes(input_tokens):
+    """The first few blocks would be cheaper on one node, all of them are so on the other; there both halves of the request go."""
+    blocks, size = chain(32), chain(1)[0].header.total_bytes
+    async with Bench(batch_blocks=4, refresh_s=60.0) as bench:
+        for node in (priced(NODES[0], 8 * size, 0.001, 1.0), priced(NODES[1], 16 * size, 0.01, 0.2)):
+            await bench.metadata.heartbeat(node, 60)
+        await bench.client._membership.next_read()
+        bench.client.publish(blocks[:28], input_tokens=input_tokens)
+        assert await bench.client.flush(5)
+        if input_tokens:  # else it cannot be known that this belongs to it, and what is on the other node costs less now
+            bench.client.publish(blocks[28:], input_tokens=input_tokens)
+            assert await bench.client.flush(5)
+        assert where(bench) == [set(), {b.header.key for b in (blocks if input_tokens else blocks[:28])}]

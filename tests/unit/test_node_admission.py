@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kvstore.arena import PageAllocator
+from kvstore.block import LayerInfo
 from kvstore.clock import ManualClock
 from kvstore.errors import InvalidInputError
 from kvstore.eviction import create
@@ -116,6 +118,25 @@ def test_what_follows_a_refused_block_is_refused_too() -> None:
     assert node.engine.evict([key_of(63), key_of(62)]) == [Status.OK] * 2
     again = [node.engine.reserve(header, node.engine.request(512)) for header in (chain[2], chain[3])]
     assert not any(isinstance(decision, Status) for decision in again), "once there is room it is as welcome as any"
+
+
+def test_what_is_only_told_of_was_asked_for_by_the_same_request_and_is_known_when_it_comes_back() -> None:
+    node = Node(4)
+    chain = [block(60 + depth, (PAGE,), key_of(59 + depth) if depth else b"\0" * 32, depth=depth).header for depth in range(8)]
+    request = node.engine.request(512)
+    for header in chain[:5]:
+        decision = node.engine.reserve(header, request)
+        assert node.engine.commit(decision) is Status.OK if header is not chain[4] else decision is Status.RESOURCE_EXHAUSTED
+    for header in chain[5:]:
+        told = replace(header, rows=(LayerInfo(0, 0, header.rows[0].distortion),))
+        again = node.engine.request(512, header.parent)
+        assert again.seq == request.seq
+        assert node.engine.reserve(told, again) is Status.DATA_LOSS
+    node.engine.check()
+    policy = node.engine.policy
+    assert len(node.engine.table) == len(policy.table) == 4
+    assert all(policy._ghosts.find(header.key) for header in chain[5:])
+    assert (policy._rival._asked, policy._rival._requests) == (7, 1), "all but the one for which no room could be made"
 
 
 def test_the_waterline_is_that_of_all_nodes() -> None:
