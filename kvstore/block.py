@@ -267,7 +267,7 @@ class EncodedBlock:
             LayerInfo(memoryview(p).nbytes, crc32c(p), row.distortion, row.expected_divergence)
             for row, p in zip(header.rows, payload, strict=True)
         )
-        header = replace(header, rows=rows, present=len(rows))
+        header = replace(header, rows=rows, present=len(rows), sections=())
         if sectioned and header.divides:
             header = replace(header, sections=(0,) * SECTIONS)
             parts = (_bytes(payload[0])[slice(*header.section(number))] for number in range(SECTIONS))

@@ -82,6 +82,8 @@ class NodeRecord(_Record):
         Reads under way at one time, averaged over the last seconds.
     usage : str
         JSON object: bytes held by each tenant or namespace that has a quota.
+    beat : int
+        Number of the heartbeat: a report that says the same as the one before is a new one all the same.
     """
 
     id: str
@@ -99,6 +101,7 @@ class NodeRecord(_Record):
     pressure: str = ""
     readers: float = 0.0
     usage: str = ""
+    beat: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 from kvstore.errors import ConcertinaError
 from kvstore.metadata import IndexEntry, Metadata, NodeRecord
@@ -57,6 +58,7 @@ class Announcer:
     ) -> None:
         self._metadata = metadata
         self._record = record
+        self._beats = 0
         self._describe = describe
         self._keys = keys
         self._heartbeat_s = heartbeat_s
@@ -97,8 +99,9 @@ class Announcer:
         self._wake.set()
 
     async def _beat(self) -> None:
+        self._beats += 1
         try:
-            known = await self._metadata.heartbeat(self._record())
+            known = await self._metadata.heartbeat(replace(self._record(), beat=self._beats))
         except ConcertinaError as error:
             if self._reachable.is_set() or not self._tasks:
                 log.warning("the metadata is away, serving on without it: %s", error)

@@ -72,6 +72,16 @@ def test_a_new_report_replaces_what_was_guessed():
     assert set(placed(placement, 10)) == {"b"}
 
 
+def test_a_new_report_that_says_the_same_replaces_what_was_guessed_too():
+    """A node that was cleared meanwhile is as it was when it was last heard of."""
+    placement = Placement()
+    nodes = [node("a", 8 * MIB), node("b", 8 * MIB)]
+    placement.update(nodes)
+    placed(placement, 16)
+    placement.update([replace(nodes[0], beat=1), node("b", 8 * MIB, 4 * MIB, 0.1)])
+    assert placed(placement, 2) == ["a", "a"]
+
+
 def test_what_follows_goes_where_its_parent_was_sent_even_before_the_index_knows():
     placement = Placement()
     placement.update([node("a", 64 * MIB), node("b", 64 * MIB)])
