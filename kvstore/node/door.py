@@ -229,10 +229,11 @@ class Guest:
         size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
         socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 
-    def _look(self, body: memoryview) -> tuple[list[Found | None], Request]:
+    def _look(self, body: memoryview, section: int | None = None) -> tuple[list[Found | None], Request | None]:
+        """What there is of what is asked for, and whose use that is: none of its own where it is a further section."""
         (tokens,) = door.NUMBER.unpack_from(body)
         engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
-        request = engine.reading(ids, tokens)
+        request = None if section else engine.reading(ids, tokens)
         plan = engine.look(ids, 0)
         spill = self._service.spill
         if spill:  # what a tier has more of is for a Get call, which reads it there
@@ -264,7 +265,7 @@ class Guest:
         return described
 
     async def _get(self, body: memoryview, section: int | None = None) -> None:
-        plan, request = self._look(body)
+        plan, request = self._look(body, section)
         lease = self._service.engine.lease(plan)
         try:
             for found in plan:
@@ -274,7 +275,7 @@ class Guest:
                     await self._stream(found, section)
             await self._flush()
         finally:
-            if not section:  # the others are the same use
+            if request is not None:
                 self._service.engine.used(plan, request)
             self._service.engine.holds.release(lease)
 

@@ -190,10 +190,10 @@ async def test_sections_of_one_fetch_are_one_use(paths):
     blocks = sectioned(3, 900)
     async with store(paths) as (node, client):
         hits, uses = await stored(client, blocks), []
-        used = node.engine.used
+        used, before = node.engine.used, node.engine.requests.count
         node.engine.used = lambda plan, request: (uses.append(len(plan)), used(plan, request))
         await fetch(client, hits, sections=Sections(3))
-        assert uses == [3]
+        assert uses == [3] and node.engine.requests.count == before + 1
 
 
 async def test_a_door_that_breaks_between_sections_is_followed_by_grpc(monkeypatch):

@@ -38,7 +38,7 @@ class Get(Handler):
             raise InvalidInputError(f"section {asked.section} of a block; there are at most {SECTIONS}, and 0 asks for whole blocks")
         engine = self.service.engine
         ids = self.service.ids(self.service.caller(context), asked.keys)
-        use = engine.reading(ids, asked.input_tokens)
+        use = engine.reading(ids, asked.input_tokens) if asked.section <= 1 else None  # further sections are the same use
         plan = engine.look(ids, asked.max_fidelity)
         lease = engine.lease(plan)
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
@@ -47,7 +47,7 @@ class Get(Handler):
                 await self._send(index, ids[index], found, asked, outgoing)
             await outgoing.flush()
         finally:
-            if asked.section <= 1:  # the others are the same use
+            if use is not None:
                 engine.used(plan, use)
             engine.holds.release(lease)
 
