@@ -269,9 +269,8 @@ class EncodedBlock:
         )
         header = replace(header, rows=rows, present=len(rows), sections=())
         if sectioned and header.divides:
-            header = replace(header, sections=(0,) * SECTIONS)
-            parts = (_bytes(payload[0])[slice(*header.section(number))] for number in range(SECTIONS))
-            header = replace(header, sections=tuple(map(crc32c, parts)))
+            parts = cls(replace(header, sections=(0,) * SECTIONS), tuple(payload))
+            header = replace(header, sections=tuple(crc32c(part) for number in range(SECTIONS) for part in parts.section(number)))
         return cls(header, tuple(payload))
 
     @classmethod

@@ -37,13 +37,19 @@ class BlockReader:
         self._offload_bytes = offload_bytes
         self._buffers = buffers or Buffers(0)
 
-    async def read(self, number: int, accept: Callable[[BlockHeader], bool]) -> EncodedBlock | None:
+    async def read(
+        self, number: int, accept: Callable[[BlockHeader], bool], section: int | None = None, block: EncodedBlock | None = None
+    ) -> EncodedBlock | None:
         """The next block, which must be the call's `number`-th.
 
         Parameters
         ----------
         accept : callable
             Looks at the verified header before any memory is set aside; False refuses the block.
+        section : int, optional
+            Where the call asks for a section of each block alone: which. A block without sections comes whole as the first.
+        block : EncodedBlock, optional
+            What the first section began, for the others to be added to.
 
         Returns
         -------
@@ -59,23 +65,10 @@ class BlockReader:
         if first is None:
             return None
         header = BlockHeader.from_bytes(first.header)
-        return await self._whole(number, header, first.payload) if accept(header) else None
-
-    async def read_section(
-        self, number: int, section: int, block: EncodedBlock | None, accept: Callable[[BlockHeader], bool]
-    ) -> EncodedBlock | None:
-        """As `read`, a section of the next block alone: the first makes the `block`, to be given with the others.
-
-        A block without sections comes whole as the first.
-        """
-        first = await self._next(number)
-        if first is None:
-            return None
-        header = BlockHeader.from_bytes(first.header)
         if block is None:
             if not accept(header):
                 return None
-            if not header.sections:
+            if section is None or not header.sections:
                 return await self._whole(number, header, first.payload)
             block = EncodedBlock(header, (self._buffers.take(header.payload_bytes),))
         elif header != block.header:
@@ -162,8 +155,8 @@ class Assembly:
     @classmethod
     def of_section(cls, block: EncodedBlock, section: int) -> Assembly:
         """Of one section, to its place in the payload of `block`."""
-        begin, end = block.header.section(section)
-        return cls(memoryview(block.payload[0])[begin:end], [end - begin], lambda _, crc: block.header.check_section(section, crc))
+        (part,) = block.section(section)
+        return cls(memoryview(part), [len(part)], lambda _, crc: block.header.check_section(section, crc))
 
     @property
     def parts(self) -> tuple[memoryview, ...]:

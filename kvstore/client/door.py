@@ -69,7 +69,7 @@ class Door(Line):
         self._asked = False
 
     def ask(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
-        """Send what the next call, of `read` or with a `section` of `read_section`, begins with; it is to have the same arguments."""
+        """Send what the next call of `read`, which is to have the same arguments, begins with."""
         self.deadline = time.monotonic() + timeout_s
         said = door.NUMBER.pack(tokens)
         if section is not None:
@@ -81,8 +81,9 @@ class Door(Line):
         self._asked = True
 
     def read(
-        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float
-    ) -> int:
+        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
+        section: int | None = None, begun: Sequence[EncodedBlock | None] = (),
+    ) -> int:  # fmt: skip
         """Read blocks in order until one is not there or not accepted.
 
         Parameters
@@ -91,6 +92,10 @@ class Door(Line):
             About how large each block is.
         tokens : int
             Length of the prompt, for the node's policy.
+        section : int, optional
+            Read a section of each block alone, over the connection; a block without sections comes whole as the first.
+        begun : sequence of EncodedBlock
+            The blocks that further sections belong to.
 
         Returns
         -------
@@ -102,27 +107,12 @@ class Door(Line):
         CorruptBlockError
             For bytes that do not certify themselves; the blocks before it have been taken.
         """
-        self._begin(keys, sizes, tokens, timeout_s)
-        if self.arena is None:
-            return self._read_blocks(None, [None] * len(keys), accept, take, Carver(buffers))
-        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
-
-    def read_section(
-        self, section: int, keys: Sequence[bytes], blocks: Sequence[EncodedBlock | None], tokens: int, accept: Accept, take: Take,
-        buffers: Buffers, timeout_s: float,
-    ) -> int:  # fmt: skip
-        """As `read`, over the connection, a section of each block alone: of `blocks`, but for the first section, which makes them.
-
-        A block without sections comes whole with the first.
-        """
-        self._begin(keys, (), tokens, timeout_s, section)
-        return self._read_blocks(section, blocks, accept, take, Carver(buffers))
-
-    def _begin(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
-        """`ask`, unless that was done."""
         if not self._asked:
             self.ask(keys, sizes, tokens, timeout_s, section)
         self._asked = False
+        if self.arena is None or section is not None:
+            return self._read_blocks(section, begun or [None] * len(keys), accept, take, Carver(buffers))
+        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -195,34 +185,24 @@ class Door(Line):
         self, header: BlockHeader, runs: list[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies, ends: list[int]
     ) -> EncodedBlock:
         """One block as it will be once `copies` are made; adds to `ends` for each layer."""
-        total = header.payload_bytes
-        if not total:
+        if not header.payload_bytes:
             raise CorruptBlockError("a block without payload came through the door")
-        payload, place = memory.take(total)
-        if len(runs) == 1 and header.present == 1 and runs[0][1] == total:  # most blocks
-            self._copy(place, *runs[0], False, copies)
-            ends.append(len(copies) - 1)
-            return EncodedBlock(header, (payload,))
+        payload, place = memory.take(header.payload_bytes)
         left, parts, stop = runs[::-1], [], 0
         for row in header.rows[: header.present]:
             start = at = stop
             stop = start + row.size_bytes
             while at < stop:
                 offset, size = left.pop() if left else (0, 0)
-                if not 0 < size <= stop - at:
+                if not 0 < size <= stop - at or offset + size > self.arena.size_bytes:
                     raise CorruptBlockError(_UNFIT)
-                self._copy(place + at, offset, size, at > start, copies)
+                copies.add(place + at, self.arena.address + offset, size, goes_on=at > start)
                 at += size
             ends.append(len(copies) - 1 if stop > start else -1)
             parts.append(payload[start:stop])
         if left:
             raise CorruptBlockError(_UNFIT)
         return EncodedBlock(header, tuple(parts))
-
-    def _copy(self, to: int, offset: int, size: int, goes_on: bool, copies: Copies | DeviceCopies) -> None:
-        if offset + size > self.arena.size_bytes:
-            raise CorruptBlockError(_UNFIT)
-        copies.add(to, self.arena.address + offset, size, goes_on)
 
     # ---- over the connection
 
@@ -248,8 +228,7 @@ class Door(Line):
             if block is None and accept(number, header):
                 block = EncodedBlock(header, (memory.take(header.payload_bytes)[0],))
             if block is not None and header == block.header:  # else another took its place
-                begin, end = (0, header.payload_bytes) if section is None else header.section(section)
-                part, mark = block.payload[0][begin:end], memoryview(bytearray(1))
+                (part,), mark = block.payload if section is None else block.section(section), memoryview(bytearray(1))
                 self.fill(part)
                 self.fill(mark)
                 if mark == door.INTACT:
@@ -259,11 +238,10 @@ class Door(Line):
 
     @staticmethod
     def _verified(block: EncodedBlock, section: int | None, part: memoryview) -> EncodedBlock:
-        header = block.header
-        if section is not None and header.sections:
-            header.check_section(section, crc32c(part))
-            return block
-        return block if section else EncodedBlock.verify(header, part)
+        if section is None or not block.header.sections:
+            return EncodedBlock.verify(block.header, part)
+        block.header.check_section(section, crc32c(part))
+        return block
 
 
 class _Taken:
@@ -365,13 +343,11 @@ def _parse_plan(answer: bytes | memoryview, count: int) -> Iterator[_Planned]:
 
 def _certified(headers: Sequence[BlockHeader], crcs: list[int]) -> tuple[int, str]:
     """How many leading blocks have in all their layers these CRCs, and what is wrong with the next."""
-    if crcs == [row.crc32c for header in headers for row in header.rows[: header.present]]:
-        return len(headers), ""
     left = iter(crcs)
     for number, header in enumerate(headers):
         try:
             for layer in range(1, header.present + 1):
-                header.check_layer(layer, next(left, -1))
+                header.check_layer(layer, next(left))
         except CorruptBlockError as error:
             return number, str(error)
     return len(headers), ""

@@ -104,9 +104,13 @@ class Fetch:
     def lacking(self, positions: Sequence[int], section: int) -> list[int]:
         """Which blocks a section is to be asked for of."""
         if section:
-            begun = self.sections.lacking(section)
+            begun = self.begun(section)
             return [p for p in positions if p in begun and self.wanted(p)]
         return [p for p in positions if p >= len(self.blocks) and p not in self._arrived and self.wanted(p)]
+
+    def begun(self, section: int | None) -> dict[int, EncodedBlock]:
+        """By position: the blocks that a section is to be added to; none yet for the first, nor for whole blocks."""
+        return self.sections.lacking(section) if section else {}
 
     def placed(self, blocks: Sequence[tuple[int, EncodedBlock]], section: int) -> Sequence[tuple[int, EncodedBlock]]:
         """A section of each is there. May be called from any thread. Returns what `arrived` is to be told of: those that begin."""
@@ -279,7 +283,7 @@ class Fetcher:
     ) -> int:
         """How many of the leading blocks came through the door."""
         loop, done, came = asyncio.get_running_loop(), 0, self._metrics.fetched_blocks.labels(way)
-        begun = job.sections.lacking(section) if section else {}
+        begun = job.begun(section)
 
         def accept(number: int, header: BlockHeader) -> bool:
             if not job.wanted(positions[number]):
@@ -306,9 +310,8 @@ class Fetcher:
                 door.ask(keys, sizes, tokens, timeout_s, section)
 
         def read(door: Door) -> int:
-            if section is None:
-                return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s)
-            return door.read_section(section, keys, [begun.get(p) for p in positions], tokens, accept, take, self._buffers, timeout_s)
+            blocks = [begun.get(p) for p in positions]
+            return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s, section, blocks)
 
         try:
             await self._doors.through(node, read, ask)
@@ -322,7 +325,7 @@ class Fetcher:
 
     async def _call(self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, section: int | None = None) -> None:
         """One Get call. The first block that does not come as wanted ends it: those after it are behind the cut."""
-        keys, begun = [job.hits[p].key for p in positions], job.sections.lacking(section) if section else {}
+        keys, begun = [job.hits[p].key for p in positions], job.begun(section)
         request = pb.GetRequest(keys=keys, input_tokens=job.demand.input_tokens, pack=True, section=0 if section is None else section + 1)
         reader, position, came = None, positions[0], self._metrics.fetched_blocks.labels("grpc")
         try:
@@ -331,7 +334,7 @@ class Fetcher:
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return
-                    block = await self._next(job, reader, number, position, section, begun.get(position))
+                    block = await reader.read(number, lambda header, at=position: job.check(at, header), section, begun.get(position))
                     if block is None:
                         break
                     there = [(position, block)]
@@ -352,16 +355,3 @@ class Fetcher:
         finally:
             job.miss(position)
             job.count(reader.bytes_read if reader else 0)
-
-    @staticmethod
-    async def _next(
-        job: Fetch, reader: BlockReader, number: int, position: int, section: int | None, block: EncodedBlock | None
-    ) -> EncodedBlock | None:
-        """The next block of a call, or a section of it, of `block` but for the first. None where it did not come as wanted."""
-
-        def accept(header: BlockHeader) -> bool:
-            return job.check(position, header)
-
-        if section is None:
-            return await reader.read(number, accept)
-        return await reader.read_section(number, section, block, accept)

@@ -263,7 +263,6 @@ class Publisher:
     def _home(self, run: list[_Item], new: list[_Item], homes: dict[bytes, str], nodes: dict[str, NodeRecord]) -> str:
         """The node for what is `new` of a run: the one that has its beginning, else the one where least has to leave for all of it."""
         first, last = run[0], run[-1]
-        coming = next(_runs(chain((last,), self._queue)))[1:]
         home = self._begun.pop((first.block.header.parent, first.input_tokens), "")
         if home not in nodes:
             home = ""
@@ -273,13 +272,17 @@ class Publisher:
                 self._placement.follow(keys, size, home)
             else:
                 parent = new[0].block.header.parent
-                coming_bytes = sum(item.size_bytes for item in coming)
+                coming_bytes = sum(item.size_bytes for item in self._coming(last))
                 home = self._placement.choose(keys, size, homes.get(parent), parent, coming_bytes)
-        if home and (coming or last.input_tokens):
+        if home and (last.input_tokens or self._coming(last)):
             self._begun[last.block.header.key, last.input_tokens] = home
             if len(self._begun) > MAX_BEGUN:
                 self._begun.popitem(last=False)
         return home
+
+    def _coming(self, last: _Item) -> list[_Item]:
+        """What goes on from here in the queue."""
+        return next(_runs(chain((last,), self._queue)))[1:]
 
     async def _put(self, node: NodeRecord, items: list[_Item]) -> list[_Item]:
         """One Put stream. Returns what a failing node did not take."""

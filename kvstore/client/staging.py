@@ -104,12 +104,10 @@ class Rest:
         """Header and tokens of the block that is next, no header in its middle, and its next bytes, at most `limit`."""
         header, pieces = b"", []
         if not self._layers:
-            block, tokens = self._blocks[self._next]
-            header, payload = block.header.to_bytes(), block.payload
+            block, _ = self._blocks[self._next]
+            header = block.header.to_bytes()
+            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(block.payload) if len(layer)]
             self._next += 1
-            if len(payload) == 1 and 0 < block.header.payload_bytes <= limit:  # most blocks
-                return header, tokens, [np.frombuffer(payload[0], np.uint8)]
-            self._layers = [np.frombuffer(layer, np.uint8) for layer in reversed(payload) if len(layer)]
         while self._layers and limit:
             layer = self._layers.pop()
             if len(layer) > limit:

@@ -10,7 +10,6 @@ from kvstore.clock import Clock
 from kvstore.codecs import PROFILE_WIRE_ID
 from kvstore.eviction.base import BlockInfo, EvictionPolicy, Request
 from kvstore.eviction.cluster import is_admitted
-from kvstore.identity import NO_PARENT
 
 from .floors import FloorTable
 from .quotas import QuotaTable
@@ -80,8 +79,8 @@ class Admission:
 
     def told(self, header: BlockHeader, request: Request, owner: str) -> None:
         """A block that is not here was asked for too; it did not come, since a block before it was refused."""
-        parent = None if header.parent == NO_PARENT else block_id(owner, header.parent)
-        self._missed(request, BlockInfo(block_id(owner, header.key), parent, header.start // header.tokens, (self._page_bytes,), (1.0,)))
+        info = self.info(header, owner)
+        self._missed(request, BlockInfo(info.id, info.parent, info.depth, (self._page_bytes,), (1.0,)))
 
     def info(self, header: BlockHeader, owner: str) -> BlockInfo:
         """The block as the policy is told of it: its ladder ends at the floor of its owner or namespace."""

@@ -29,8 +29,7 @@ def sectioned(count: int, size: int) -> list[EncodedBlock]:
     rng, blocks = np.random.default_rng(3), []
     for block in chain(count):
         header = replace(block.header, layers=LAYERS, rows=block.header.rows[:1], present=1)
-        named = block.header.key, block.header.namespace, block.header.parent
-        blocks.append(EncodedBlock.build(header, (rng.bytes(LAYERS * size),), sectioned=True).with_identity(*named))
+        blocks.append(EncodedBlock.build(header, (rng.bytes(LAYERS * size),), sectioned=True))
     return blocks
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from kvstore.block import BlockHeader, Distortion, EncodedBlock, LayerInfo
+from kvstore.block import EncodedBlock
 from kvstore.client import Sections
 from kvstore.settings import format_size
 
-from ..base import Result, log, take_turns
+from ..base import Result, log, relative_speed, take_turns
 from .base import Values
 from .concertina import ByGrpc, ByTcp, Concertina
 from .party import ROOM, servers
@@ -29,13 +29,7 @@ class LayeredValues(Values):
 
     @cached_property
     def blocks(self) -> list[EncodedBlock]:
-        row, blocks = LayerInfo(0, 0, Distortion(0.0, 0.0)), []
-        for plain, value in zip(super().blocks, self.data, strict=True):
-            named = plain.header
-            header = BlockHeader(1, 0, LAYERS, 1, 1, named.start, 1, (row,), 1)
-            block = EncodedBlock.build(header, (value,), sectioned=True)
-            blocks.append(block.with_identity(named.key, named.namespace, named.parent))
-        return blocks
+        return [EncodedBlock.build(replace(b.header, layers=LAYERS), b.payload, sectioned=True) for b in super().blocks]
 
 
 def measure(result: Result, redis_url: str, quick: bool) -> None:
@@ -65,10 +59,7 @@ def _case(result: Result, stores: dict[str, Concertina], size: int) -> None:
     samples |= {f"{name}.lowest": seconds[-rounds:] for name, seconds in lowest.items()}
     result.samples |= {f"layers.{size}.{name}_s": seconds for name, seconds in samples.items()}
     for name in stores:
-        shares = {
-            f"{what}_to_whole": statistics.median(a / b for a, b in zip(samples[f"{name}.{what}"], samples[f"{name}.whole"], strict=True))
-            for what in ("lowest", "by_layers")
-        }
+        shares = {f"{what}_to_whole": relative_speed(samples, f"{name}.whole", f"{name}.{what}") for what in ("lowest", "by_layers")}
         result.rows.append({"layers": name, "block_bytes": size, "blocks": COUNT, **shares})
         result.ratios |= {f"layers.{size}.{name}_{what}": share for what, share in shares.items()}
 
