@@ -29,9 +29,10 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # A restarted node must be found again within a second.
+    # A restarted node must be found again within a second. What gRPC calls the least backoff is the time an attempt to
+    # connect is given: a node that is slow to accept, beset or far away, is no dead one. A call's own deadline ends its wait.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
@@ -36,6 +37,18 @@ async def store(arena: int = 16 * MIB, **config):
         yield node, metadata
     finally:
         await node.stop()
+
+
+@asynccontextmanager
+async def node_process():
+    """A node in a process of its own, and its address."""
+    command = [sys.executable, "-m", "services.cli", "node", "--arena", "16MiB"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        yield process, json.loads(await asyncio.wait_for(process.stdout.readline(), 60))["address"]
+    finally:
+        process.kill()
+        await process.wait()
 
 
 def rss_bytes() -> int:
@@ -103,28 +116,35 @@ async def test_ten_thousand_idle_connections_do_not_keep_a_client_out():
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"a process may open {hard} files here, {wanted} are needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    command = [sys.executable, "-m", "services.cli", "node", "--arena", "16MiB"]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
     crowd: list[socket.socket] = []
     try:
-        address = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))["address"]
-        host, _, port = address.rpartition(":")
-        for _ in range(IDLE_CONNECTIONS):
-            crowd.append(socket.create_connection((host, int(port)), 10))
-            if len(crowd) % 200 == 0:
-                await asyncio.sleep(0)
-        blocks, transport = chain(1, 4), GrpcTransport()
-        response = await transport.put(address, put_messages((block, 0) for block in blocks), 20.0)
-        assert list(response.statuses) == [pb.BLOCK_STATUS_OK] * 4
-        found = await transport.call(address, "Lookup", pb.LookupRequest(keys=[b.header.key for b in blocks]), 20.0)
-        assert [block.status for block in found.blocks] == [pb.BLOCK_STATUS_OK] * 4
-        await transport.close()
+        async with node_process() as (_, address):
+            host, _, port = address.rpartition(":")
+            for _ in range(IDLE_CONNECTIONS):
+                crowd.append(socket.create_connection((host, int(port)), 10))
+                if len(crowd) % 200 == 0:
+                    await asyncio.sleep(0)
+            blocks, transport = chain(1, 4), GrpcTransport()
+            response = await transport.put(address, put_messages((block, 0) for block in blocks), 20.0)
+            assert list(response.statuses) == [pb.BLOCK_STATUS_OK] * 4
+            found = await transport.call(address, "Lookup", pb.LookupRequest(keys=[b.header.key for b in blocks]), 20.0)
+            assert [block.status for block in found.blocks] == [pb.BLOCK_STATUS_OK] * 4
+            await transport.close()
     finally:
         for one in crowd:
             one.close()
-        process.kill()
-        await process.wait()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_node_that_is_slow_to_accept_is_no_dead_one():
+    async with node_process() as (process, address):
+        process.send_signal(signal.SIGSTOP)
+        transport = GrpcTransport()
+        call = asyncio.create_task(transport.call(address, "Lookup", pb.LookupRequest(keys=[chain(1, 1)[0].header.key]), 20.0))
+        await asyncio.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        assert [block.status for block in (await call).blocks] == [pb.BLOCK_STATUS_NOT_FOUND]
+        await transport.close()
 
 
 @pytest.mark.parametrize("paths", ["", "local,tcp"], ids=["gRPC", "door"])
