@@ -40,6 +40,19 @@ class PrefixRouter(LocalityMixin, RequestRouter):
             return ranks
         return [[preferred], *ranks]
 
+    async def _choose_replica_for_request(self, pending_request: PendingRequest, *, is_retry: bool = False) -> RunningReplica:
+        """At once, where nobody waits and a replica is known to have room: Serve itself starts a task to choose, and keeps gauges of it.
+
+        A Serve that does not call this asks `choose_replicas` alone, and chooses the same.
+        """
+        if not is_retry and self.num_pending_requests == 0:
+            for rank in await self.choose_replicas(list(self.curr_replicas.values()), pending_request):
+                lengths = ((self.replica_queue_len_cache.get(replica.replica_id), replica) for replica in rank)
+                free = [(length, replica) for length, replica in lengths if length is not None and length < replica.max_ongoing_requests]
+                if free:
+                    return min(free, key=lambda pair: pair[0])[1]
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         if pending_request.metadata.session_id:
             self._memory.note(pending_request.metadata.session_id, replica_id)

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from ray.serve._private.proxy_request_response import gRPCStreamingType
+from ray.serve.request_router import RequestRouter
 
 from kvstore.errors import CapacityError, InvalidInputError, TransportError
 from protos.concertina.inference.v1 import inference_pb2 as pb
@@ -176,9 +177,10 @@ def test_memory_gives_the_holder_of_the_longest_beginning_and_forgets_the_oldest
 def router(lengths: dict[str, int]) -> tuple[PrefixRouter, list]:
     made = object.__new__(PrefixRouter)
     made.initialize_state()
-    replicas = [SimpleNamespace(replica_id=name) for name in lengths]
+    replicas = [SimpleNamespace(replica_id=name, max_ongoing_requests=8) for name in lengths]
     made._replicas = {r.replica_id: r for r in replicas}
     made._replica_queue_len_cache = lengths
+    made._pending_requests_to_fulfill = []
     made.apply_locality_routing = lambda pending_request: set(lengths)
     return made, replicas
 
@@ -200,3 +202,28 @@ def test_the_router_goes_back_to_the_holder_until_it_has_too_much_to_do():
     lengths["b"] = MAX_LEAD + 1
     assert len(first_choice(made, replicas, "p,pz")) == 2
     assert len(first_choice(made, replicas[:1], "p,pz")) == 2
+
+
+async def test_a_replica_is_chosen_at_once_only_where_it_is_known_to_have_room_and_nobody_waits(monkeypatch):
+    slowly = []
+
+    async def by_a_task(self, pending_request, *, is_retry=False):
+        slowly.append(pending_request)
+
+    monkeypatch.setattr(RequestRouter, "_choose_replica_for_request", by_a_task)
+    lengths = {"a": 3, "b": 8}
+    made, _ = router(lengths)
+    for _ in range(8):
+        assert (await made._choose_replica_for_request(pending("p"))).replica_id == "a"
+    made.on_request_routed(pending("p,pq"), "b", None)
+    lengths |= {"a": 7, "b": 7}
+    assert (await made._choose_replica_for_request(pending("p,pz"))).replica_id == "b"
+    assert not slowly
+    await made._choose_replica_for_request(pending("p"), is_retry=True)
+    made._pending_requests_to_fulfill = ["one"]
+    await made._choose_replica_for_request(pending("p"))
+    made._pending_requests_to_fulfill = []
+    for full in ({"a": 8, "b": 8}, {"a": None, "b": 8}):
+        lengths |= full
+        await made._choose_replica_for_request(pending("p"))
+    assert len(slowly) == 4

@@ -51,6 +51,7 @@ capabilities: {drop: [ALL]}
 - {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
 - {name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, value: "0"}
 - {name: RAY_SERVE_METRICS_EXPORT_INTERVAL_MS, value: "1000"}
+- {name: GRPC_EXPERIMENTS, value: "-event_engine_client,-event_engine_listener"}
 - {name: OMP_WAIT_POLICY, value: PASSIVE}
 - {name: XDG_CACHE_HOME, value: /cache}
 {{- end }}
