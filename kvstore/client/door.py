@@ -12,7 +12,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -20,14 +19,14 @@ from crc32c import crc32c
 
 from kvstore import door
 from kvstore.block import BlockHeader, EncodedBlock
-from kvstore.checked_copy import Copies
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
 from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
-from .shared import DeviceCopies, DeviceMemory, SharedMemory
+from .planned import UNFIT, certified, parse_plan
+from .shared import DeviceMemory, SharedMemory
 from .staging import Stage
 
 log = logging.getLogger(__name__)
@@ -40,10 +39,7 @@ AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
 OK = 1
-_UNFIT = "a plan of the door does not fit its block or its arena"
 _PEER = struct.Struct("3i")
-#: Headers of what was read lately: a prefix that many prompts share is read again and again.
-_parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
 
 #: Looks at a header before memory is set aside; False ends the reading.
 Accept = Callable[[int, BlockHeader], bool]
@@ -164,45 +160,24 @@ class Door(Line):
     ) -> tuple[list[tuple[int, EncodedBlock]], str]:
         """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
         copied: list[tuple[int, EncodedBlock]] = []
-        copies, marks, damage = self.arena.copies(), [], ""
-        ends: list[int] = []  # of each layer the number of the copy with its CRC; -1 for an empty one
+        copies, planned, damage = self.arena.copies(), [], ""
         try:
-            for number, (head, runs, mark) in enumerate(_parse_plan(answer, stop - first), first):
-                header = _parse_header(head)
-                if not accept(number, header):
+            for number, block in enumerate(parse_plan(answer, stop - first), first):
+                if block.stop > self.arena.size_bytes:
+                    raise CorruptBlockError(UNFIT)
+                if not accept(number, block.header):
                     break
-                copied.append((number, self._prepare(header, runs, memory, copies, ends)))
-                marks.append(mark)
+                payload, place = memory.take(block.header.payload_bytes)
+                for at, offset, size, goes_on in block.runs:
+                    copies.add(place + at, self.arena.address + offset, size, goes_on)
+                copied.append((number, EncodedBlock(block.header, block.parts(payload))))
+                planned.append(block)
         except CorruptBlockError as error:
             damage = str(error)
-        made = [*copies.make(), 0]
-        whole, damaged = _certified([block.header for _, block in copied], [made[end] for end in ends])
-        sound = self.arena.sound(marks)
+        whole, damaged = certified(planned, copies.make())
+        sound = self.arena.sound([block.mark for block in planned])
         # What another block was written over meanwhile is not damaged, but gone.
-        return copied[: min(whole, sound)], (damaged or damage) if sound >= min(whole + 1, len(marks)) else ""
-
-    def _prepare(
-        self, header: BlockHeader, runs: list[tuple[int, int]], memory: Carver, copies: Copies | DeviceCopies, ends: list[int]
-    ) -> EncodedBlock:
-        """One block as it will be once `copies` are made; adds to `ends` for each layer."""
-        if not header.payload_bytes:
-            raise CorruptBlockError("a block without payload came through the door")
-        payload, place = memory.take(header.payload_bytes)
-        left, parts, stop = runs[::-1], [], 0
-        for row in header.rows[: header.present]:
-            start = at = stop
-            stop = start + row.size_bytes
-            while at < stop:
-                offset, size = left.pop() if left else (0, 0)
-                if not 0 < size <= stop - at or offset + size > self.arena.size_bytes:
-                    raise CorruptBlockError(_UNFIT)
-                copies.add(place + at, self.arena.address + offset, size, goes_on=at > start)
-                at += size
-            ends.append(len(copies) - 1 if stop > start else -1)
-            parts.append(payload[start:stop])
-        if left:
-            raise CorruptBlockError(_UNFIT)
-        return EncodedBlock(header, tuple(parts))
+        return copied[: min(whole, sound)], (damaged or damage) if sound >= min(whole + 1, len(planned)) else ""
 
     # ---- over the connection
 
@@ -318,39 +293,6 @@ def _check_user(peer: socket.socket) -> None:
     _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     if uid != os.getuid():
         raise TransportError(f"the node's door is kept by user {uid}")
-
-
-#: Of a block in shared memory: its header, where its payload lies, and where which number says that it still does.
-_Planned = tuple[bytes, list[tuple[int, int]], tuple[int, int]]
-
-
-def _parse_plan(answer: bytes | memoryview, count: int) -> Iterator[_Planned]:
-    """Each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short."""
-    answer, at = bytes(answer), door.NUMBER.size
-    for _ in range(count):
-        begin = at + door.PLANNED.size
-        if begin > len(answer):
-            raise CorruptBlockError("a plan of the door is cut short")
-        status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(answer, at)
-        runs_at = begin + header_bytes
-        at = runs_at + runs * door.RUN.size
-        if at > len(answer):
-            raise CorruptBlockError("a plan of the door is cut short")
-        if status != OK:
-            return
-        yield answer[begin:runs_at], list(door.RUN.iter_unpack(answer[runs_at:at])), (mark, state)
-
-
-def _certified(headers: Sequence[BlockHeader], crcs: list[int]) -> tuple[int, str]:
-    """How many leading blocks have in all their layers these CRCs, and what is wrong with the next."""
-    left = iter(crcs)
-    for number, header in enumerate(headers):
-        try:
-            for layer in range(1, header.present + 1):
-                header.check_layer(layer, next(left))
-        except CorruptBlockError as error:
-            return number, str(error)
-    return len(headers), ""
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
