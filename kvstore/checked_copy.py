@@ -28,8 +28,8 @@ _PIECE_BYTES = 256 << 10
 #: Bytes a step, and how far ahead memory is fetched.
 _STEP, _AHEAD = 64, 512
 _NEEDED = ("pclmul", "sse4.2")
-#: In the last column of a row of `Copies`: go on with the CRC of the row before.
-_CONTINUE = 1 << 32
+#: In the last column of a row: go on with the CRC of the row before.
+GO_ON = 1 << 32
 
 
 def copy_checked(target: memoryview, source: Buffer, crc: int = 0) -> int:
@@ -73,7 +73,7 @@ class Copies:
 
         With `goes_on` the CRC is that of the bytes of the copy before and of these.
         """
-        self._rows.extend((to, address, size, _CONTINUE if goes_on else 0))
+        self._rows.extend((to, address, size, GO_ON if goes_on else 0))
 
     def move(self, distance: int) -> None:
         """Have everything go so many bytes behind where it was to go."""
@@ -85,6 +85,19 @@ class Copies:
         if self._rows:
             _routine()(self._rows.buffer_info()[0], len(self))
         return self._rows[3::4]
+
+
+def copy_rows(rows: np.ndarray) -> None:
+    """Copy as rows say, in order, in one go, without the interpreter's lock.
+
+    Parameters
+    ----------
+    rows : uint64 [copies, 4]
+        Contiguous: address to copy to, address to copy from, bytes (at least one), and CRC-32C of what is before, or `GO_ON`. The last is
+        replaced by the CRC-32C of what is before and of the bytes that were written.
+    """
+    if len(rows):
+        _routine()(address_of(rows), len(rows))
 
 
 def prepare() -> None:
@@ -111,7 +124,7 @@ def _in_pieces(table: int, rows: int) -> None:
     crc = 0
     for row in ((ctypes.c_uint64 * 4) * rows).from_address(table):
         to, address, size, before = row
-        crc = crc if before == _CONTINUE else before
+        crc = crc if before == GO_ON else before
         for at in range(0, size, _PIECE_BYTES):
             length = min(_PIECE_BYTES, size - at)
             ctypes.memmove(to + at, address + at, length)

@@ -25,7 +25,7 @@ from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
-from .planned import UNFIT, certified, parse_plan
+from .planned import Plan
 from .shared import DeviceMemory, SharedMemory
 from .staging import Stage
 
@@ -108,7 +108,7 @@ class Door(Line):
         self._asked = False
         if self.arena is None or section is not None:
             return self._read_blocks(section, begun or [None] * len(keys), accept, take, Carver(buffers))
-        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, Carver(buffers))
+        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, buffers)
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -134,12 +134,13 @@ class Door(Line):
 
     # ---- shared memory
 
-    def _read_shared(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, memory: Carver) -> int:
+    def _read_shared(
+        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, buffers: Buffers
+    ) -> int:
         batches, taken = list(_batches(sizes)), 0
         for number, (first, stop) in enumerate(batches):
-            answer = self.receive(Kind.PLANNED)
-            copied, damage = self._copy_all(first, stop, answer, accept, memory)
-            take(copied)
+            copied, damage, answer = self._copy_all(keys[first:stop], first, accept, buffers)
+            take(list(enumerate(copied, first)))
             taken += len(copied)
             done = door.message(Kind.DONE, bytes(answer[: door.NUMBER.size]))
             self.send([done, *(self._plan(keys, tokens, batch) for batch in batches[number + AHEAD : number + AHEAD + 1])])
@@ -156,28 +157,33 @@ class Door(Line):
         return door.message(Kind.PLAN, tokens, *keys[batch[0] : batch[1]])
 
     def _copy_all(
-        self, first: int, stop: int, answer: memoryview, accept: Accept, memory: Carver
-    ) -> tuple[list[tuple[int, EncodedBlock]], str]:
-        """The leading blocks of a plan that are there, accepted and, once copied, still theirs; and what is wrong with a damaged next."""
-        copied: list[tuple[int, EncodedBlock]] = []
-        copies, planned, damage = self.arena.copies(), [], ""
+        self, keys: Sequence[bytes], first: int, accept: Accept, buffers: Buffers
+    ) -> tuple[list[EncodedBlock], str, memoryview]:
+        """The leading blocks that are there, accepted and, once copied, still theirs; what is wrong with a damaged next; the node's plan.
+
+        They are copied as they lay the last time while the node answers; if it says otherwise, once more.
+        """
+        plan = self.arena.guess(keys)
+        copied = plan and plan.copy(self.arena, buffers)
+        answer = self.receive(Kind.PLANNED)
+        said = bytes(answer[door.NUMBER.size :])
+        if plan is None or plan.said != said:
+            plan, copied = Plan(said, len(keys), self.arena), None
+        count, damage = 0, ""
         try:
-            for number, block in enumerate(parse_plan(answer, stop - first), first):
-                if block.stop > self.arena.size_bytes:
-                    raise CorruptBlockError(UNFIT)
-                if not accept(number, block.header):
-                    break
-                payload, place = memory.take(block.header.payload_bytes)
-                for at, offset, size, goes_on in block.runs:
-                    copies.add(place + at, self.arena.address + offset, size, goes_on)
-                copied.append((number, EncodedBlock(block.header, block.parts(payload))))
-                planned.append(block)
+            while count < len(plan.headers) and accept(first + count, plan.headers[count]):
+                count += 1
+            if count == len(plan.headers):
+                damage = plan.damage
         except CorruptBlockError as error:
             damage = str(error)
-        whole, damaged = certified(planned, copies.make())
-        sound = self.arena.sound([block.mark for block in planned])
-        # What another block was written over meanwhile is not damaged, but gone.
-        return copied[: min(whole, sound)], (damaged or damage) if sound >= min(whole + 1, len(planned)) else ""
+        if copied is None:
+            wanted = plan if count == len(plan.headers) else Plan(said, count, self.arena)
+            copied = wanted.copy(self.arena, buffers)
+        blocks, damage = copied.sound(count, damage)
+        if len(blocks) == len(keys):
+            self.arena.remember(keys, plan)
+        return blocks, damage, answer
 
     # ---- over the connection
 

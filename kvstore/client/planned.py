@@ -1,103 +1,180 @@
-"""Where a node says that blocks lie in its shared memory, and whether what was copied from there is theirs."""
+"""Where a node says that blocks lie in its shared memory, and copying them from there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvstore import door
-from kvstore.block import BlockHeader
+from kvstore.block import BlockHeader, EncodedBlock
+from kvstore.checked_copy import GO_ON, address_of
 from kvstore.errors import CorruptBlockError
+
+from .buffers import ALIGNMENT, SHARED_BYTES, Buffers
+
+if TYPE_CHECKING:
+    from .shared import SharedMemory
 
 OK = 1
 UNFIT = "a plan of the door does not fit its block or its arena"
 CUT_SHORT = "a plan of the door is cut short"
+#: Headers of what was read lately, in whatever company.
+_parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
 
 
-class Planned:
-    """A block in shared memory, as its node describes it.
+class Plan:
+    """The leading blocks of a batch that are there, and how they are copied: made once, for a prefix is often read again where it lay.
 
     Parameters
     ----------
-    described : bytes
-        An entry of PLANNED (`kvstore.door`), whole.
-    begin : int
-        Where its RUNs begin.
+    said : bytes
+        The entries of PLANNED (`kvstore.door`).
+    count : int
+        Blocks that were asked for, or the leading ones of them that are wanted.
+    memory : SharedMemory
+        That of the node. It is not kept: plans are kept with it.
 
-    Raises
-    ------
-    CorruptBlockError
-        When the runs are not those of the header, or there is no payload.
+    Attributes
+    ----------
+    headers : list of BlockHeader
+    damage : str
+        What is wrong with the entry behind them; empty for nothing.
     """
 
-    __slots__ = ("cuts", "header", "mark", "runs", "stop", "tops")
-
-    def __init__(self, described: bytes, begin: int) -> None:
-        _, _, _, *mark = door.PLANNED.unpack_from(described)
-        #: Place and state of the number which says that the block still is there.
-        self.mark: tuple[int, int] = tuple(mark)
-        self.header = BlockHeader.from_bytes(described[door.PLANNED.size : begin])
-        #: Of each copy: its place in the payload, its place in the memory, bytes, and whether it goes on with the layer of the one before.
-        self.runs: list[tuple[int, int, int, bool]] = []
-        #: Of each layer: where in the payload it begins and ends; and how many copies there are up to its end, 0 if it is empty.
-        self.cuts: list[tuple[int, int]] = []
-        self.tops: list[int] = []
-        left = list(door.RUN.iter_unpack(described[begin:]))[::-1]
-        #: Where in the memory the block ends.
-        self.stop = max((offset + size for offset, size in left), default=0)
-        self._lay_out(left)
-        if left or not self.runs:
-            raise CorruptBlockError(UNFIT if left else "a block without payload came through the door")
-
-    def _lay_out(self, left: list[tuple[int, int]]) -> None:
-        """Take from the end of `left` what each layer needs."""
-        stop = 0
-        for row in self.header.rows[: self.header.present]:
-            start = at = stop
-            stop = start + row.size_bytes
-            while at < stop:
-                offset, size = left.pop() if left else (0, 0)
-                if not 0 < size <= stop - at:
+    def __init__(self, said: bytes, count: int, memory: SharedMemory) -> None:
+        self.said, self.damage = said, ""
+        self.headers: list[BlockHeader] = []
+        self._sizes: list[int] = []  # of the buffers: a large block has its own, small ones share some
+        self._places: list[tuple[int, list[tuple[int, int]]]] = []  # of each block: its buffer, and there the range of each layer
+        rows: list[tuple[int, int, int, int]] = []
+        buffers: list[int] = []  # of each row
+        marks: list[tuple[int, int]] = []
+        self._layers: list[tuple[int, int]] = []  # block and number of each layer that is not empty
+        ends, crcs = [], []  # of each of those its last row, and its CRC
+        try:
+            for header, runs, mark in _entries(said, count):
+                number, ranges = self._place(header)
+                for layer, (start, stop) in enumerate(ranges, 1):
+                    if start == stop:
+                        header.check_layer(layer, 0)
+                        continue
+                    rows += _rows_of(runs, start, stop, memory)
+                    self._layers.append((len(self.headers), layer))
+                    ends.append(len(rows) - 1)
+                    crcs.append(header.rows[layer - 1].crc32c)
+                if runs:
                     raise CorruptBlockError(UNFIT)
-                self.runs.append((at, offset, size, at > start))
-                at += size
-            self.cuts.append((start, stop))
-            self.tops.append(len(self.runs) if stop > start else 0)
+                buffers += [number] * (len(rows) - len(buffers))
+                marks.append(mark)
+                self._places.append((number, ranges))
+                self.headers.append(header)
+        except CorruptBlockError as error:
+            self.damage = str(error)
+        done = len(buffers)
+        self._rows = np.array(rows[:done], np.uint64).reshape(-1, 4)
+        self._buffers = np.array(buffers, np.intp)
+        self._layers = [layer for layer in self._layers if layer[0] < len(self.headers)]
+        self._ends = np.array(ends[: len(self._layers)], np.intp)
+        self._crcs = np.array(crcs[: len(self._layers)], np.uint64)
+        self._marks = np.array(marks, np.uint64).reshape(-1, 2)
 
-    def parts(self, payload: memoryview) -> tuple[memoryview, ...]:
-        """The layers in `payload`."""
-        return tuple([payload[start:stop] for start, stop in self.cuts])
+    def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
+        """Copy them out of `memory`. What came out is to be looked at (`Copied.sound`)."""
+        views = [buffers.take(size) for size in self._sizes]
+        blocks = []  # before the copy: it leaves nothing of Python's in the processor's cache
+        for header, (number, ranges) in zip(self.headers, self._places, strict=True):
+            view = views[number]
+            blocks.append(EncodedBlock(header, tuple([view[start:stop] for start, stop in ranges])))
+        rows = self._rows.copy()
+        if views:
+            rows[:, 0] += np.array([address_of(view) for view in views], np.uint64)[self._buffers]
+        memory.copy(rows)
+        return Copied(blocks, *self._whole(rows[:, 3]), memory.sound(self._marks))
+
+    def _whole(self, crcs: np.ndarray) -> tuple[int, str]:
+        """How many leading blocks have the CRCs that their rows were found to have, and what is wrong with the next."""
+        wrong = crcs[self._ends] != self._crcs
+        if not wrong.any():
+            return len(self.headers), ""
+        block, layer = self._layers[int(wrong.argmax())]
+        return block, f"the CRC-32C of fidelity layer {layer} does not match"
+
+    def _place(self, header: BlockHeader) -> tuple[int, list[tuple[int, int]]]:
+        """A buffer for a block, by number, and where in it its layers go."""
+        size = header.payload_bytes
+        if not size:
+            raise CorruptBlockError("a block without payload came through the door")
+        at = -(-self._sizes[-1] // ALIGNMENT) * ALIGNMENT if self._sizes else 0
+        if not self._sizes or size > SHARED_BYTES // 4 or at + size > SHARED_BYTES:
+            self._sizes.append(0)
+            at = 0
+        self._sizes[-1] = at + size
+        ranges = []
+        for row in header.rows[: header.present]:
+            ranges.append((at, at + row.size_bytes))
+            at += row.size_bytes
+        return len(self._sizes) - 1, ranges
 
 
-#: What was read lately: a prefix that many prompts share is read again and again, and lies where it lay.
-_planned = lru_cache(maxsize=4096)(Planned)
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Blocks that were copied as a plan says.
+
+    Attributes
+    ----------
+    blocks : list of EncodedBlock
+    whole : int
+        How many leading ones are intact.
+    damage : str
+        What is wrong with the next.
+    there : int
+        How many leading ones still were the node's own after the copy.
+    """
+
+    blocks: list[EncodedBlock]
+    whole: int
+    damage: str
+    there: int
+
+    def sound(self, count: int, damage: str) -> tuple[list[EncodedBlock], str]:
+        """Of the first `count` the leading ones that are intact and the node's own; and what is wrong with a damaged next.
+
+        `damage` is what is wrong behind the first `count`.
+        """
+        looked_at = count
+        if self.whole < count:
+            count, looked_at, damage = self.whole, self.whole + 1, self.damage
+        # What another block was written over meanwhile is not damaged, but gone.
+        return self.blocks[: min(count, self.there)], damage if self.there >= looked_at else ""
 
 
-def parse_plan(answer: bytes | memoryview, count: int) -> Iterator[Planned]:
-    """Each leading block of a plan that is there. Raises CorruptBlockError for a plan that is cut short or not a block's."""
-    answer, at = bytes(answer), door.NUMBER.size
+def _entries(said: bytes, count: int) -> Iterator[tuple[BlockHeader, list[tuple[int, int]], tuple[int, int]]]:
+    """Each leading block that is there: header, runs in reverse, mark. Raises CorruptBlockError for a plan that is cut short."""
+    at = 0
     for _ in range(count):
         begin = at + door.PLANNED.size
-        if begin > len(answer):
+        if begin > len(said):
             raise CorruptBlockError(CUT_SHORT)
-        status, header_bytes, runs, _, _ = door.PLANNED.unpack_from(answer, at)
-        stop = begin + header_bytes + runs * door.RUN.size
-        if stop > len(answer):
+        status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(said, at)
+        runs_at = begin + header_bytes
+        at = runs_at + runs * door.RUN.size
+        if at > len(said):
             raise CorruptBlockError(CUT_SHORT)
         if status != OK:
             return
-        yield _planned(answer[at:stop], begin - at + header_bytes)
-        at = stop
+        yield _parse_header(said[begin:runs_at]), list(door.RUN.iter_unpack(said[runs_at:at]))[::-1], (mark, state)
 
 
-def certified(blocks: Sequence[Planned], crcs: Sequence[int]) -> tuple[int, str]:
-    """How many leading blocks have the CRCs that their copies were found to have, and what is wrong with the next."""
-    before = 0
-    for number, block in enumerate(blocks):
-        try:
-            for layer, top in enumerate(block.tops, 1):
-                block.header.check_layer(layer, crcs[before + top - 1] if top else 0)
-        except CorruptBlockError as error:
-            return number, str(error)
-        before += len(block.runs)
-    return len(blocks), ""
+def _rows_of(runs: list[tuple[int, int]], start: int, stop: int, memory: SharedMemory) -> Iterator[tuple[int, int, int, int]]:
+    """Of one layer, as `copy_rows` takes them, from the beginning of the buffer; `runs` are used up from the end."""
+    at = start
+    while at < stop:
+        offset, size = runs.pop() if runs else (0, 0)
+        if not 0 < size <= stop - at or offset + size > memory.size_bytes:
+            raise CorruptBlockError(UNFIT)
+        yield at, memory.address + offset, size, GO_ON if at > start else 0
+        at += size

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from kvstore.arena import MARK_BYTES
-from kvstore.checked_copy import Copies, address_of
+from kvstore.checked_copy import GO_ON, Copies, address_of, copy_rows
 from kvstore.errors import CorruptBlockError, TransportError
 
+from .planned import Plan
+
+#: Blocks whose places are kept in mind, of one node; about 1 KB each.
+MAX_PLANNED = 4096
 #: Of a GPU's memory, so much is on its way to the host while what came before is copied on and checked.
 PIECE_BYTES = 4 << 20
 #: Runs so close together are copied in one go, with what is between them: a page's end.
@@ -30,24 +35,41 @@ class SharedMemory:
     def __init__(self, mapped: np.ndarray) -> None:
         self._marks = mapped[: len(mapped) // MARK_BYTES * MARK_BYTES].view(np.uint64)
         self.size_bytes = len(mapped)
-        #: Where pages begin, for `copies`.
+        #: Where pages begin, for `copy`.
         self.address = address_of(mapped)
+        self._plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
+        self._planned = 0
+        self._remembering = threading.Lock()
 
-    def copies(self) -> Copies | DeviceCopies:
-        """An empty list of copies from here."""
-        return Copies()
+    def guess(self, keys: Sequence[bytes]) -> Plan | None:
+        """Where these blocks were when they were last read together."""
+        return self._plans.get((keys[-1], len(keys)))  # the last key stands for those before it, or else the guess is a wrong one
 
-    def sound(self, marks: Sequence[tuple[int, int]]) -> int:
-        """How many leading marks (place in the mapped memory, number there) are as they were.
+    def remember(self, keys: Sequence[bytes], plan: Plan) -> None:
+        """These blocks were read, all of them, as `plan` says."""
+        with self._remembering:
+            if self._plans.pop((keys[-1], len(keys)), None) is None:
+                self._planned += len(keys)
+            self._plans[keys[-1], len(keys)] = plan
+            while self._planned > MAX_PLANNED:
+                (_, count), _ = self._plans.popitem(last=False)
+                self._planned -= count
+
+    def copy(self, rows: np.ndarray) -> None:
+        """Copy out of here; see `copy_rows`."""
+        copy_rows(rows)
+
+    def sound(self, marks: np.ndarray) -> int:
+        """How many leading marks, uint64 [marks, (place in the mapped memory, number there)], are as they were.
 
         Raises
         ------
         CorruptBlockError
             For a place outside.
         """
-        if not marks:
+        if not len(marks):
             return 0
-        places, states = np.fromiter(chain.from_iterable(marks), np.uint64, 2 * len(marks)).reshape(-1, 2).T
+        places, states = marks.T
         if int(places.max()) // MARK_BYTES >= len(self._marks):
             raise CorruptBlockError("a plan of the door does not fit its arena")
         lost = self._marks[places // MARK_BYTES] != states
@@ -77,8 +99,14 @@ class DeviceMemory(SharedMemory):
         self.pages = attach(RemoteName.from_bytes(remote))
         self.size_bytes, self.address = len(self.pages), 0
 
-    def copies(self) -> DeviceCopies:
-        return DeviceCopies(self.pages)
+    def guess(self, keys: Sequence[bytes]) -> None:
+        return None  # a GPU's memory is looked at only while the process that it belongs to answers
+
+    def copy(self, rows: np.ndarray) -> None:
+        copies = DeviceCopies(self.pages)
+        for to, place, size, before in rows.tolist():
+            copies.add(to, place, size, before == GO_ON)
+        rows[:, 3] = copies.make()
 
 
 class DeviceCopies:

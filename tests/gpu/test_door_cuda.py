@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,8 +106,6 @@ def test_a_node_that_is_killed_takes_no_reader_along():
         process.wait(20)
         with pytest.raises((OSError, TransportError)):
             read(guest, blocks, Buffers(64 * MIB))
-        copies = guest.arena.copies()  # as if the plan had come just before
         target = Buffers(0).take(MIB)
-        copies.add(address_of(target), 0, MIB, False)
-        copies.make()
+        guest.arena.copy(np.array([(address_of(target), 0, MIB, 0)], np.uint64))  # as if the plan had come just before
     assert int(torch.arange(10, device="cuda").sum()) == 45

@@ -51,8 +51,7 @@ def test_nothing_to_copy_is_no_copy():
 
 def test_marks_say_how_many_blocks_are_as_they_were():
     memory = SharedMemory(np.array([7, 8, 9, 10], np.uint64).view(np.uint8))
-    assert memory.sound([]) == 0
-    assert memory.sound([(0, 7), (24, 10), (8, 8)]) == 3
-    assert memory.sound([(0, 7), (16, 8), (8, 8)]) == 1
+    for marks, sound in (([], 0), ([(0, 7), (24, 10), (8, 8)], 3), ([(0, 7), (16, 8), (8, 8)], 1)):
+        assert memory.sound(np.array(marks, np.uint64).reshape(-1, 2)) == sound
     with pytest.raises(CorruptBlockError):
-        memory.sound([(0, 7), (32, 1)])
+        memory.sound(np.array([(0, 7), (32, 1)], np.uint64))
