@@ -25,7 +25,7 @@ from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
-from .planned import Plan
+from .planned import Copied, Plan
 from .shared import DeviceMemory, SharedMemory
 from .staging import Stage
 
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 #: Bytes of blocks asked for at once: few at first, so that the caller can begin, then more.
 FIRST_BATCH_BYTES, BATCH_GROWTH, LAST_BATCH_BYTES = 8 << 20, 4, 32 << 20
 MAX_BATCH_KEYS = 512
+#: So little is copied in the caller's thread, in about a millisecond: to wake another for it and to be woken takes as long.
+AT_ONCE_BYTES = 6 << 20
+#: Blocks whose headers the connection takes without waiting for the node.
+AT_ONCE_BLOCKS = 128
 #: Batches asked for at first: the node plans the next one while one is copied.
 AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
@@ -63,6 +67,7 @@ class Door(Line):
         self.arena = arena
         self._stage: Stage | None = None
         self._asked = False
+        self._guessed: tuple[Plan, Copied] | None = None
 
     def ask(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
         """Send what the next call of `read`, which is to have the same arguments, begins with."""
@@ -75,6 +80,17 @@ class Door(Line):
         else:
             self.send([self._plan(keys, said, batch) for batch in islice(_batches(sizes), AHEAD)])
         self._asked = True
+
+    def guess(self, keys: Sequence[bytes], sizes: Sequence[int], buffers: Buffers) -> bool:
+        """After `ask` for whole blocks: copy them as they lay the last time, if that takes little time.
+
+        True where it is done, so that `read` does little more than to wait for the node.
+        """
+        plan = self.arena.guess(keys) if self.arena is not None and sum(sizes) <= AT_ONCE_BYTES else None
+        if plan is None:
+            return False
+        self._guessed = plan, plan.copy(self.arena, buffers)
+        return True
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
@@ -109,6 +125,18 @@ class Door(Line):
         if self.arena is None or section is not None:
             return self._read_blocks(section, begun or [None] * len(keys), accept, take, Carver(buffers))
         return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, buffers)
+
+    def begin(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bool:
+        """Write what the next call of `write`, with the same arguments, begins with, if that takes little time and waits for nothing.
+
+        True where that is all, so that `write` only waits for the node.
+        """
+        if self._stage is None or not self._stage.open or len(blocks) > AT_ONCE_BLOCKS:
+            return False
+        if sum(block.header.payload_bytes for block, _ in blocks) > AT_ONCE_BYTES:
+            return False
+        self.deadline = time.monotonic() + timeout_s
+        return self._stage.begin(self, blocks)
 
     def write(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bytes:
         """Put blocks, each with the length of its prompt. Returns a `BlockStatus` for each."""
@@ -163,8 +191,9 @@ class Door(Line):
 
         They are copied as they lay the last time while the node answers; if it says otherwise, once more.
         """
-        plan = self.arena.guess(keys)
-        copied = plan and plan.copy(self.arena, buffers)
+        (plan, copied), self._guessed = self._guessed or (self.arena.guess(keys), None), None
+        if plan is not None and copied is None:
+            copied = plan.copy(self.arena, buffers)
         answer = self.receive(Kind.PLANNED)
         said = bytes(answer[door.NUMBER.size :])
         if plan is None or plan.said != said:

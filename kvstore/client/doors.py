@@ -63,14 +63,15 @@ class Doors:
             return "local"
         return "tcp" if "tcp" in self._paths and node.door else None
 
-    async def through(self, node: NodeRecord, work: Callable[[Door], T], ask: Callable[[Door], None] = lambda door: None) -> T | None:
+    async def through(self, node: NodeRecord, work: Callable[[Door], T], ask: Callable[[Door], bool] = lambda door: False) -> T | None:
         """`work` with a door of `node`, in a thread; None where that did not come to its end and gRPC must go on.
 
         Parameters
         ----------
         ask : callable
-            Sends at once, in this thread, what `work` would send first, where a connection is open: the node answers while the thread
-            wakes. It must be able to do without.
+            Does at once, in this thread, what `work` would do first, where a connection is open: the node answers while the thread wakes.
+            `work` must be able to do without. Where it returns True, there is little left to do once the node has answered, and that is
+            waited for and done in this thread, too.
 
         Raises
         ------
@@ -80,14 +81,11 @@ class Doors:
         way = self.to(node)
         if way is None:
             return None
-        door = self._asked(node, ask)
-        working = self._threads.submit(self._work, node, way, work, door)
+        door, little_left = self._asked(node, ask)
         try:
-            return await asyncio.wrap_future(working)
-        except asyncio.CancelledError:
-            if working.cancel() and door is not None:  # no thread has it, nor ever will
-                door.close()
-            raise
+            if door is not None and little_left and await self._answered(door):
+                return self._work(node, way, work, door)
+            return await self._in_thread(node, way, work, door)
         except CorruptBlockError:
             raise
         except (ConcertinaError, OSError, ValueError) as error:
@@ -110,17 +108,33 @@ class Doors:
         self._threads.shutdown(wait=True)
         self.keep(set())
 
-    def _asked(self, node: NodeRecord, ask: Callable[[Door], None]) -> Door | None:
-        """An open door that has been asked, if there is one."""
+    def _asked(self, node: NodeRecord, ask: Callable[[Door], bool]) -> tuple[Door | None, bool]:
+        """An open door that has been asked, if there is one; and what `ask` returned."""
         if not (idle := self._idle[node.incarnation]):
-            return None
+            return None, False
         door = idle.pop()
         try:
-            ask(door)
-            return door
+            return door, ask(door)
         except (ConcertinaError, OSError):
             door.close()
-            return None
+            return None, False
+
+    @staticmethod
+    async def _answered(door: Door) -> bool:
+        try:
+            return await door.readable()
+        except BaseException:
+            door.close()
+            raise
+
+    async def _in_thread(self, node: NodeRecord, way: str, work: Callable[[Door], T], door: Door | None) -> T:
+        working = self._threads.submit(self._work, node, way, work, door)
+        try:
+            return await asyncio.wrap_future(working)
+        except asyncio.CancelledError:
+            if working.cancel() and door is not None:  # no thread has it, nor ever will
+                door.close()
+            raise
 
     def _work(self, node: NodeRecord, way: str, work: Callable[[Door], T], door: Door | None) -> T:
         idle = self._idle[node.incarnation]

@@ -305,9 +305,11 @@ class Fetcher:
         keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
         tokens, timeout_s = job.demand.input_tokens, deadline_s + GRACE_S
 
-        def ask(door: Door) -> None:
-            if len(keys) <= MAX_BATCH_KEYS:  # which the connection takes without waiting for the node
-                door.ask(keys, sizes, tokens, timeout_s, section)
+        def ask(door: Door) -> bool:
+            if len(keys) > MAX_BATCH_KEYS:  # fewer the connection takes without waiting for the node
+                return False
+            door.ask(keys, sizes, tokens, timeout_s, section)
+            return section is None and door.guess(keys, sizes, self._buffers)
 
         def read(door: Door) -> int:
             blocks = [begun.get(p) for p in positions]

@@ -1,11 +1,14 @@
-"""Whole messages over one connection of the door, by blocking calls with one deadline for all of them."""
+"""Whole messages over one connection of the door, by calls that block, but one, with one deadline for all of them."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import mmap
 import os
 import socket
 import struct
+import termios
 import time
 from collections.abc import Sequence
 
@@ -20,6 +23,7 @@ RECEIVED_BYTES = 256 << 10
 MAX_IOV = 512
 MAPPED_AT_ONCE_BYTES = 4 << 30
 _TIME = struct.Struct("@qq")  # seconds, microseconds
+_INT = struct.Struct("@i")
 
 
 class Line:
@@ -47,6 +51,25 @@ class Line:
         """Whether it can be used again."""
         return self._peer.fileno() >= 0
 
+    async def readable(self) -> bool:
+        """Wait in the event loop, not in a thread, until the other end says something; whether that is a whole message (`has_message`).
+
+        False, too, when it says nothing until the deadline.
+        """
+        if self.has_message():
+            return True
+        loop, came, descriptor = asyncio.get_running_loop(), asyncio.Event(), self._peer.fileno()
+        loop.add_reader(descriptor, came.set)
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                await came.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(descriptor)
+            self._peer.setblocking(True)  # an event loop may have made it another one
+        return self.has_message()
+
     def close(self) -> None:
         """End the connection. Safe to call twice."""
         self._peer.close()
@@ -66,6 +89,20 @@ class Line:
         """See `receive_memory`; to be called while nothing else is due, since a descriptor comes with its own message alone."""
         self._patience(socket.SO_RCVTIMEO)
         return receive_memory(self._peer, wanted)
+
+    def has_message(self) -> bool:
+        """Whether the next message is here whole, so that `receive` would not wait; False where more than one may be."""
+        if self._start < self._stop:
+            return False
+        try:
+            frame = self._peer.recv(door.FRAME.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if len(frame) < door.FRAME.size:
+            return False
+        _, size = door.parse_frame(frame, door.MAX_ANSWER_BYTES)
+        (there,) = _INT.unpack(fcntl.ioctl(self._peer, termios.FIONREAD, bytes(_INT.size)))
+        return there >= len(frame) + size
 
     def receive(self, wanted: Kind) -> memoryview:
         """The body of the next message. Raises TransportError for one of another kind."""

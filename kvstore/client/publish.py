@@ -318,7 +318,7 @@ class Publisher:
         if self._doors is None:
             return None
         blocks, timeout_s = [(item.block, item.input_tokens) for item in items], self._config.put_timeout_s
-        return await self._doors.through(node, lambda door: door.write(blocks, timeout_s))
+        return await self._doors.through(node, lambda door: door.write(blocks, timeout_s), lambda door: door.begin(blocks, timeout_s))
 
 
 def _runs(items: Iterable[_Item]) -> Iterator[list[_Item]]:

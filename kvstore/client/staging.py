@@ -38,6 +38,7 @@ class Stage:
     def __init__(self, memory: np.ndarray) -> None:
         self._memory = memory
         self._slot = len(memory) // SLOTS // ALIGNMENT * ALIGNMENT
+        self._begun: Rest | None = None
 
     @property
     def open(self) -> bool:
@@ -51,9 +52,17 @@ class Stage:
         size_bytes, descriptor, _ = line.receive_memory(Kind.STAGED)
         return cls(np.empty(0, np.uint8) if descriptor is None else map_memory(descriptor, size_bytes, writable=True))
 
+    def begin(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bool:
+        """Write as much as one slot holds, which waits for nothing; `write` with the same blocks goes on. True where that was all."""
+        self._begun = Rest(blocks)
+        self._write_slot(line, 0, self._begun)
+        return not self._begun
+
     def write(self, line: Line, blocks: Sequence[tuple[EncodedBlock, int]]) -> bytes:
         """Put blocks. Returns a status for each."""
         statuses, slots, rest = bytearray(), 0, Rest(blocks)
+        if self._begun is not None:
+            slots, rest, self._begun = 1, self._begun, None
         while rest:
             if slots >= SLOTS:  # this slot is free when what last used it has been answered
                 statuses += line.receive(Kind.STATUSES)

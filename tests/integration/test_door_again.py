@@ -1,15 +1,26 @@
-"""Blocks that are read again are copied from where they lay before the node has said that they still lie there. Its word counts."""
+"""Blocks that are read again are copied from where they lay before the node has said that they still lie there; its word counts.
+Few of them, and few that are put, without waking a thread."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
+import time
+from contextlib import asynccontextmanager
 
 import pytest
 
+from kvstore.client import ClientConfig, KvClient
+from kvstore.client.door import Door
+from kvstore.client.planned import Plan
 from kvstore.client.shared import SharedMemory
+from kvstore.client.staging import Stage
+from kvstore.metadata.embedded import start_valkey
 from kvstore.node.status import Status
 from tests.client_support import NAMESPACE, chain
 from tests.integration.test_door import came_by, fetch, same, store, stored
+from tests.integration.test_node_lives import node as node_process
 
 COUNT, SIZE = 12, 100_000
 
@@ -110,3 +121,81 @@ async def test_a_block_that_is_not_wanted_any_more_ends_the_prefix():
         assert not (await fetch(client, hits, max_distortion=0.1)).blocks
         assert not (await client.fetch(hits, namespace=bytes(32), deadline_s=10)).blocks
         assert same(await client.fetch(hits, namespace=NAMESPACE, deadline_s=10), blocks)
+
+
+@asynccontextmanager
+async def apart(tmp_path):
+    """A node in a process of its own, which answers while this one copies, and a client that has read blocks of it; and the blocks."""
+    blocks, server = chain(COUNT, SIZE), start_valkey(tmp_path / "valkey")
+    client = KvClient(ClientConfig(redis_url=server.url, paths="local"))
+    try:
+        async with node_process(server.url, "--arena", "64MiB") as process:
+            await client.start()
+            hits = await stored(client, blocks)
+            assert same(await fetch(client, hits), blocks)
+            yield process, client, hits, blocks
+    finally:
+        await client.close()
+        server.stop()
+
+
+async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch):
+    threads, copy_all, copy = [], Door._copy_all, Plan.copy
+
+    def noted(self, *args):
+        threads.append(threading.current_thread())
+        return copy_all(self, *args)
+
+    def slow(self, *args):
+        time.sleep(0.1)  # so that the node has answered
+        return copy(self, *args)
+
+    monkeypatch.setattr(Door, "_copy_all", noted)
+    async with apart(tmp_path) as (_, client, hits, blocks):
+        monkeypatch.setattr(Plan, "copy", slow)
+        for _ in range(2):
+            assert same(await fetch(client, hits), blocks)
+        assert len(set(threads)) == 2 and threads[1:] == [threading.main_thread()] * 2
+        await asyncio.sleep(0.2)
+        assert await client.admin.evict([blocks[7].header.key]) == ["OK"]
+        for _ in range(2):
+            assert same(await fetch(client, hits), blocks[:7])
+        assert came_by(client) == {"local": 3 * COUNT + 2 * 7}
+
+
+async def test_little_is_put_without_waking_a_thread(tmp_path, monkeypatch):
+    threads, write = [], Stage.write
+
+    def noted(self, *args):
+        threads.append(threading.current_thread())
+        return write(self, *args)
+
+    async with apart(tmp_path) as (_, client, *_):
+        monkeypatch.setattr(Stage, "write", noted)
+        for number, size in enumerate((SIZE, 2_000_000), 1):
+            blocks = chain(COUNT, size, number=10_000 * number)
+            assert same(await fetch(client, await stored(client, blocks)), blocks)
+        assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+async def without_a_pause(asked):
+    """The outcome of a call that may take as long as it likes, but not hold up what else is to be done."""
+    gaps, last = [], time.monotonic()
+    while not asked.done():
+        await asyncio.sleep(0.01)
+        gaps.append(time.monotonic() - last)
+        last = time.monotonic()
+    assert max(gaps) < 0.5
+    return asked.result()
+
+
+async def test_a_node_that_does_not_answer_holds_nobody_up(tmp_path):
+    async with apart(tmp_path) as (node, client, hits, blocks):
+        node.process.send_signal(signal.SIGSTOP)
+        assert not (await without_a_pause(asyncio.create_task(fetch(client, hits, deadline_s=1.0)))).blocks
+        client.publish(chain(COUNT, SIZE, number=5000))
+        assert not await without_a_pause(asyncio.create_task(client.flush(1.0)))
+        node.process.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(20):  # the client has given the node up for a while
+            while not same(await fetch(client, hits), blocks):
+                await asyncio.sleep(0.1)
