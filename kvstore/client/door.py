@@ -25,7 +25,7 @@ from kvstore.metadata import NodeRecord
 
 from .buffers import Buffers, Carver
 from .line import Line, map_memory, receive_memory
-from .planned import Copied, Plan
+from .planned import OK, Copied, Plan
 from .shared import DeviceMemory, SharedMemory
 from .staging import Stage
 
@@ -42,7 +42,6 @@ AT_ONCE_BLOCKS = 128
 AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
-OK = 1
 _PEER = struct.Struct("3i")
 
 #: Looks at a header before memory is set aside; False ends the reading.

@@ -75,6 +75,7 @@ class Plan:
         except CorruptBlockError as error:
             self.damage = str(error)
         done = len(buffers)
+        del self._sizes[buffers[-1] + 1 if done else 0 :]  # one for the damaged block, of whatever size it says
         self._rows = np.array(rows[:done], np.uint64).reshape(-1, 4)
         self._buffers = np.array(buffers, np.intp)
         self._layers = [layer for layer in self._layers if layer[0] < len(self.headers)]

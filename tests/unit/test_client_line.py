@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 import time
 
 import pytest
+import uvloop
 
 from kvstore import door
 from kvstore.client.line import Line
@@ -46,3 +49,28 @@ def test_what_is_no_message_is_refused_before_it_is_waited_for(ends):
     node.sendall(b"\xff" * 5)
     with pytest.raises(TransportError):
         line.has_message()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_connection_that_was_waited_for_in_a_loop_blocks_as_before(ends, new_loop):
+    line, node = ends
+    said = door.message(Kind.PLANNED, b"there")
+
+    async def wait() -> list[bool]:
+        waits = asyncio.create_task(line.readable())
+        await asyncio.sleep(0.02)
+        assert not waits.done()
+        node.sendall(said)
+        line_says = [await waits, await line.readable()]
+        line.receive(Kind.PLANNED)
+        line.deadline = time.monotonic() + 0.05
+        node.sendall(said[:-1])  # no whole message: to wait for the rest is for a thread
+        return [*line_says, await line.readable(), await line.readable()]
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(wait()) == [True, True, False, False]
+    line.deadline = time.monotonic() + 10
+    later = threading.Timer(0.1, node.sendall, (said[-1:],))
+    later.start()
+    assert bytes(line.receive(Kind.PLANNED)) == b"there"
+    later.join()

@@ -101,6 +101,27 @@ def test_runs_that_are_not_the_blocks_end_the_plan(runs):
     assert same(plan.copy(node.memory, Buffers(0)).sound(1, "")[0], node.blocks)
 
 
+class Counted(Buffers):
+    """Says how much was taken."""
+
+    taken = 0
+
+    def take(self, size_bytes):
+        self.taken += size_bytes
+        return super().take(size_bytes)
+
+
+def test_no_memory_is_set_aside_for_a_block_that_does_not_fit():
+    node, huge, buffers = Node(layered(64)), layered(64), Counted(0)
+    rows = (huge.header.rows[0]._replace(size_bytes=1 << 31),)
+    lying = EncodedBlock(BlockHeader(1, 0, 1, 1, 1, 0, 1, rows, 1), huge.payload)
+    for said, wanted in ((node.said, node.blocks), (b"", ())):
+        plan = Plan(said + entry(lying, [(0, 64)]), len(wanted) + 1, node.memory)
+        assert plan.damage == planned.UNFIT
+        assert same(plan.copy(node.memory, buffers).sound(len(wanted), "")[0], wanted)
+    assert buffers.taken == 64
+
+
 def test_a_plan_that_is_cut_short_and_blocks_that_cannot_be_are_damage():
     node = Node(layered(64))
     for size in range(len(node.said)):
