@@ -43,6 +43,8 @@ class Plan:
     headers : list of BlockHeader
     damage : str
         What is wrong with the entry behind them; empty for nothing.
+    marks : uint64 [blocks, (place in the memory, number there)]
+        See `SharedMemory.sound`.
     """
 
     def __init__(self, said: bytes, count: int, memory: SharedMemory) -> None:
@@ -81,7 +83,7 @@ class Plan:
         self._layers = [layer for layer in self._layers if layer[0] < len(self.headers)]
         self._ends = np.array(ends[: len(self._layers)], np.intp)
         self._crcs = np.array(crcs[: len(self._layers)], np.uint64)
-        self._marks = np.array(marks, np.uint64).reshape(-1, 2)
+        self.marks = np.array(marks, np.uint64).reshape(-1, 2)
 
     def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
         """Copy them out of `memory`. What came out is to be looked at (`Copied.sound`)."""
@@ -94,7 +96,7 @@ class Plan:
         if views:
             rows[:, 0] += np.array([address_of(view) for view in views], np.uint64)[self._buffers]
         memory.copy(rows)
-        return Copied(blocks, *self._whole(rows[:, 3]), memory.sound(self._marks))
+        return Copied(blocks, *self._whole(rows[:, 3]), memory.sound(self.marks))
 
     def _whole(self, crcs: np.ndarray) -> tuple[int, str]:
         """How many leading blocks have the CRCs that their rows were found to have, and what is wrong with the next."""

@@ -42,8 +42,9 @@ class SharedMemory:
         self._remembering = threading.Lock()
 
     def guess(self, keys: Sequence[bytes]) -> Plan | None:
-        """Where these blocks were when they were last read together."""
-        return self._plans.get((keys[-1], len(keys)))  # the last key stands for those before it, or else the guess is a wrong one
+        """Where these blocks were when they were last read together, if they still are there."""
+        plan = self._plans.get((keys[-1], len(keys)))  # the last key stands for those before it, or else the guess is a wrong one
+        return plan if plan is not None and self.sound(plan.marks) == len(plan.marks) else None
 
     def remember(self, keys: Sequence[bytes], plan: Plan) -> None:
         """These blocks were read, all of them, as `plan` says."""

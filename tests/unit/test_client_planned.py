@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def test_a_plan_that_is_cut_short_and_blocks_that_cannot_be_are_damage():
 
 def test_the_places_of_so_many_blocks_are_kept_in_mind_the_last_ones(monkeypatch):
     monkeypatch.setattr(shared, "MAX_PLANNED", 5)
-    memory, plans = Node().memory, [object() for _ in range(4)]
+    memory, plans = Node().memory, [SimpleNamespace(marks=np.array([(MARK_AT, STATE)], np.uint64)) for _ in range(3)]
     for _ in range(2):
         memory.remember([b"a", b"b"], plans[0])
     memory.remember([b"c", b"d", b"e"], plans[1])
@@ -144,3 +145,11 @@ def test_the_places_of_so_many_blocks_are_kept_in_mind_the_last_ones(monkeypatch
     memory.remember([b"f"], plans[2])
     assert memory.guess([b"a", b"b"]) is None
     assert memory.guess([b"c", b"d", b"e"]) is plans[1] and memory.guess([b"f"]) is plans[2]
+
+
+def test_nothing_is_guessed_of_blocks_that_are_gone():
+    node = Node(layered(64))
+    node.memory.remember([b"a"], Plan(node.said, 1, node.memory))
+    assert node.memory.guess([b"a"]) is not None
+    node.mapped[:8] = 0
+    assert node.memory.guess([b"a"]) is None
