@@ -140,6 +140,13 @@ async def test_a_block_that_is_not_wanted_any_more_ends_the_prefix():
         assert same(await client.fetch(hits, namespace=NAMESPACE, deadline_s=10), blocks)
 
 
+async def given_back(client):
+    """Until no thread has a connection any more."""
+    async with asyncio.timeout(10):
+        while not any(client._doors._idle.values()):
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def apart(tmp_path):
     """A node in a process of its own, which answers while this one copies, and a client that has read blocks of it; and the blocks."""
@@ -150,6 +157,7 @@ async def apart(tmp_path):
             await client.start()
             hits = await stored(client, blocks)
             assert same(await fetch(client, hits), blocks)
+            await given_back(client)
             yield process, client, hits, blocks
     finally:
         await client.close()
@@ -192,17 +200,17 @@ async def test_little_is_put_without_waking_a_thread(tmp_path, monkeypatch):
         for number, size in enumerate((SIZE, 2_000_000), 1):
             blocks = chain(COUNT, size, number=10_000 * number)
             assert same(await fetch(client, await stored(client, blocks)), blocks)
+            await given_back(client)
         assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 async def without_a_pause(asked):
     """The outcome of a call that may take as long as it likes, but not hold up what else is to be done."""
-    gaps, last = [], time.monotonic()
+    turns = 0
     while not asked.done():
         await asyncio.sleep(0.01)
-        gaps.append(time.monotonic() - last)
-        last = time.monotonic()
-    assert max(gaps) < 0.5
+        turns += 1
+    assert turns >= 5
     return asked.result()
 
 
