@@ -85,11 +85,9 @@ class Door(Line):
 
         True where it is done, so that `read` does little more than to wait for the node.
         """
-        plan = self.arena.guess(keys) if self.arena is not None and sum(sizes) <= AT_ONCE_BYTES else None
-        if plan is None:
-            return False
-        self._guessed = plan, plan.copy(self.arena, buffers)
-        return True
+        if self.arena is not None and sum(sizes) <= AT_ONCE_BYTES:
+            self._guessed = self._guess(keys, buffers)
+        return self._guessed is not None
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
@@ -183,6 +181,10 @@ class Door(Line):
     def _plan(keys: Sequence[bytes], tokens: bytes, batch: tuple[int, int]) -> bytes:
         return door.message(Kind.PLAN, tokens, *keys[batch[0] : batch[1]])
 
+    def _guess(self, keys: Sequence[bytes], buffers: Buffers) -> tuple[Plan, Copied] | None:
+        plan = self.arena.guess(keys)
+        return None if plan is None else (plan, plan.copy(self.arena, buffers))
+
     def _copy_all(
         self, keys: Sequence[bytes], first: int, accept: Accept, buffers: Buffers
     ) -> tuple[list[EncodedBlock], str, memoryview]:
@@ -190,9 +192,7 @@ class Door(Line):
 
         They are copied as they lay the last time while the node answers; if it says otherwise, once more.
         """
-        (plan, copied), self._guessed = self._guessed or (self.arena.guess(keys), None), None
-        if plan is not None and copied is None:
-            copied = plan.copy(self.arena, buffers)
+        (plan, copied), self._guessed = self._guessed or self._guess(keys, buffers) or (None, None), None
         answer = self.receive(Kind.PLANNED)
         said = bytes(answer[door.NUMBER.size :])
         if plan is None or plan.said != said:

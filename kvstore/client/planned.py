@@ -52,37 +52,29 @@ class Plan:
         self.headers: list[BlockHeader] = []
         self._sizes: list[int] = []  # of the buffers: a large block has its own, small ones share some
         self._places: list[tuple[int, list[tuple[int, int]]]] = []  # of each block: its buffer, and there the range of each layer
+        self._layers: list[tuple[int, int, int]] = []  # block and number of each layer that is not empty, and its last row
         rows: list[tuple[int, int, int, int]] = []
         buffers: list[int] = []  # of each row
         marks: list[tuple[int, int]] = []
-        self._layers: list[tuple[int, int]] = []  # block and number of each layer that is not empty
-        ends, crcs = [], []  # of each of those its last row, and its CRC
         try:
             for header, runs, mark in _entries(said, count):
-                number, ranges = self._place(header)
-                for layer, (start, stop) in enumerate(ranges, 1):
-                    if start == stop:
-                        header.check_layer(layer, 0)
-                        continue
-                    rows += _rows_of(runs, start, stop, memory)
-                    self._layers.append((len(self.headers), layer))
-                    ends.append(len(rows) - 1)
-                    crcs.append(header.rows[layer - 1].crc32c)
-                if runs:
-                    raise CorruptBlockError(UNFIT)
-                buffers += [number] * (len(rows) - len(buffers))
+                layers = _rows_of(header, runs, memory)
+                number, start = self._room(header.payload_bytes)
+                ranges = []
+                for layer, (row, pieces) in enumerate(zip(header.rows, layers, strict=False), 1):
+                    ranges.append((start, start := start + row.size_bytes))
+                    for at, address, size, before in pieces:
+                        rows.append((ranges[-1][0] + at, address, size, before))
+                        buffers.append(number)
+                    if pieces:
+                        self._layers.append((len(self.headers), layer, len(rows) - 1))
                 marks.append(mark)
                 self._places.append((number, ranges))
                 self.headers.append(header)
         except CorruptBlockError as error:
             self.damage = str(error)
-        done = len(buffers)
-        del self._sizes[buffers[-1] + 1 if done else 0 :]  # one for the damaged block, of whatever size it says
-        self._rows = np.array(rows[:done], np.uint64).reshape(-1, 4)
+        self._rows = np.array(rows, np.uint64).reshape(-1, 4)
         self._buffers = np.array(buffers, np.intp)
-        self._layers = [layer for layer in self._layers if layer[0] < len(self.headers)]
-        self._ends = np.array(ends[: len(self._layers)], np.intp)
-        self._crcs = np.array(crcs[: len(self._layers)], np.uint64)
         self.marks = np.array(marks, np.uint64).reshape(-1, 2)
 
     def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
@@ -96,31 +88,25 @@ class Plan:
         if views:
             rows[:, 0] += np.array([address_of(view) for view in views], np.uint64)[self._buffers]
         memory.copy(rows)
-        return Copied(blocks, *self._whole(rows[:, 3]), memory.sound(self.marks))
+        return Copied(blocks, *self._whole(rows[:, 3].tolist()), memory.sound(self.marks))
 
-    def _whole(self, crcs: np.ndarray) -> tuple[int, str]:
+    def _whole(self, crcs: list[int]) -> tuple[int, str]:
         """How many leading blocks have the CRCs that their rows were found to have, and what is wrong with the next."""
-        wrong = crcs[self._ends] != self._crcs
-        if not wrong.any():
-            return len(self.headers), ""
-        block, layer = self._layers[int(wrong.argmax())]
-        return block, f"the CRC-32C of fidelity layer {layer} does not match"
+        for block, layer, row in self._layers:
+            try:
+                self.headers[block].check_layer(layer, crcs[row])
+            except CorruptBlockError as error:
+                return block, str(error)
+        return len(self.headers), ""
 
-    def _place(self, header: BlockHeader) -> tuple[int, list[tuple[int, int]]]:
-        """A buffer for a block, by number, and where in it its layers go."""
-        size = header.payload_bytes
-        if not size:
-            raise CorruptBlockError("a block without payload came through the door")
+    def _room(self, size: int) -> tuple[int, int]:
+        """A buffer for a block of `size` bytes, by number, and where in it the block begins."""
         at = -(-self._sizes[-1] // ALIGNMENT) * ALIGNMENT if self._sizes else 0
         if not self._sizes or size > SHARED_BYTES // 4 or at + size > SHARED_BYTES:
             self._sizes.append(0)
             at = 0
         self._sizes[-1] = at + size
-        ranges = []
-        for row in header.rows[: header.present]:
-            ranges.append((at, at + row.size_bytes))
-            at += row.size_bytes
-        return len(self._sizes) - 1, ranges
+        return len(self._sizes) - 1, at
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +158,25 @@ def _entries(said: bytes, count: int) -> Iterator[tuple[BlockHeader, list[tuple[
         yield _parse_header(said[begin:runs_at]), list(door.RUN.iter_unpack(said[runs_at:at]))[::-1], (mark, state)
 
 
-def _rows_of(runs: list[tuple[int, int]], start: int, stop: int, memory: SharedMemory) -> Iterator[tuple[int, int, int, int]]:
-    """Of one layer, as `copy_rows` takes them, from the beginning of the buffer; `runs` are used up from the end."""
-    at = start
-    while at < stop:
-        offset, size = runs.pop() if runs else (0, 0)
-        if not 0 < size <= stop - at or offset + size > memory.size_bytes:
-            raise CorruptBlockError(UNFIT)
-        yield at, memory.address + offset, size, GO_ON if at > start else 0
-        at += size
+def _rows_of(header: BlockHeader, runs: list[tuple[int, int]], memory: SharedMemory) -> list[list[tuple[int, int, int, int]]]:
+    """Of each layer its rows, as `copy_rows` takes them, from the beginning of the layer; `runs` are used up from the end.
+
+    Raises CorruptBlockError where the runs are not the block's.
+    """
+    if not header.payload_bytes:
+        raise CorruptBlockError("a block without payload came through the door")
+    layers = []
+    for number, row in enumerate(header.rows[: header.present], 1):
+        at, pieces = 0, []
+        while at < row.size_bytes:
+            offset, size = runs.pop() if runs else (0, 0)
+            if not 0 < size <= row.size_bytes - at or offset + size > memory.size_bytes:
+                raise CorruptBlockError(UNFIT)
+            pieces.append((at, memory.address + offset, size, GO_ON if at else 0))
+            at += size
+        if not pieces:
+            header.check_layer(number, 0)
+        layers.append(pieces)
+    if runs:
+        raise CorruptBlockError(UNFIT)
+    return layers
