@@ -146,7 +146,7 @@ class ProfileKeeper:
         """From the store, from this machine, or by calibrating; whichever comes first."""
         claim, tried = Claim(self._client.metadata, self._name, self._clock), False
         while True:
-            profile = await self._from_store(self._name) or await self._from_disk()
+            profile = await self._found()
             if profile is None and not tried and await self._took(claim):
                 tried = True
                 profile = await self._make(claim)
@@ -154,9 +154,13 @@ class ProfileKeeper:
                 return profile
             await asyncio.sleep(self._poll_s)
 
-    async def _from_store(self, name: str) -> Profile | None:
+    async def _found(self) -> Profile | None:
+        """What another worker, of this machine or another, has made meanwhile, in use."""
+        return await self._from_store() or await self._from_disk()
+
+    async def _from_store(self) -> Profile | None:
         """The profile that the store has for the model, in use and kept on this machine."""
-        note = await self._shared.note(name)
+        note = await self._shared.note(self._name)
         if note is None or note.digest in self._unfit:
             return None
         profile = await self._shared.get(note)
@@ -192,11 +196,13 @@ class ProfileKeeper:
             return False
 
     async def _make(self, claim: Claim) -> Profile | None:
-        """Calibrate, use what comes of it and share it."""
+        """Calibrate, use what comes of it and share it; unless another worker did so between our look and our claim."""
         info = self._engine.info
-        log.info("calibrating %s in the background; new blocks are %s until that is done", info.model, info.codec)
         keeping = self._spawn(claim.keep())
         try:
+            if (profile := await self._found()) is not None:
+                return profile
+            log.info("calibrating %s in the background; new blocks are %s until that is done", info.model, info.codec)
             profile = await calibrate(self._wanted.model, Path(local.path_of(info.fingerprint, info.layout)), self._command)
             if not await self._fits(profile):
                 return None

@@ -23,6 +23,9 @@ ARENA_SHARE = 0.25
 FETCH_S = 60.0
 LOOKUP_S = 2.0
 FLUSH_S = 60.0
+#: Longest that sharing waits until the nodes have announced what they hold, and between two looks.
+LISTED_S = 10.0
+LOOK_S = 0.05
 _DIGEST = re.compile("[0-9a-f]{64}")
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class SharedProfiles:
         self._notes: dict[bytes, Note] = {}
 
     async def share(self, profile: Profile, names: tuple[str, ...]) -> bool:
-        """See to it that the store has `profile` under each of `names`, pinned for `PIN_S`. Call it again before that is over.
+        """See to it that others find `profile` in the store under each of `names`, pinned for `PIN_S`. Call it again before that is over.
 
         Returns
         -------
@@ -120,7 +123,17 @@ class SharedProfiles:
             return False
         for name in (*names, note.digest):
             await client.metadata.set_value(f"profile:{name}", note.to_bytes())
-        return True
+        return await self._is_listed(note)
+
+    async def _is_listed(self, note: Note) -> bool:
+        """Whether readers find all chunks. Nodes announce what they hold a moment after they have it."""
+        keys = note.keys
+        for look in range(round(LISTED_S / LOOK_S)):
+            await asyncio.sleep(LOOK_S if look else 0)
+            if len(await self._client.lookup(keys, deadline_s=LOOKUP_S)) == len(keys):
+                return True
+        log.info("the nodes have not announced the profile within %.0f s; others may not find it yet", LISTED_S)
+        return False
 
     async def note(self, name: str) -> Note | None:
         """What `name`, a model's or a profile's digest in hex, stands for; None where nothing does or the metadata is away."""

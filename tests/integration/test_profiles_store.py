@@ -108,8 +108,7 @@ async def test_a_shared_profile_is_pinned_and_found_by_others(tmp_path):
         held = store.blocks(PROFILE_WIRE_ID)
         assert len(held) == -(-len(profile.to_bytes()) // 4000) > 3
         assert sum(len(node.engine.holds.pins) for node in store.nodes) == len(held)
-        await until_got(other, "m", profile)
-        assert (await fetched(other, profile.digest.hex())).digest == profile.digest
+        assert (await fetched(other, "m")).digest == (await fetched(other, profile.digest.hex())).digest == profile.digest
         assert await other.share(profile, ("m",)) and len(store.blocks(PROFILE_WIRE_ID)) == len(held)
         for node in store.nodes:
             metrics = NodeMetrics(node.metrics, node.engine, "n")
@@ -118,27 +117,19 @@ async def test_a_shared_profile_is_pinned_and_found_by_others(tmp_path):
         assert {s.labels["codec"] for s in stored} == {"profile"}
 
 
-async def until_got(shared: SharedProfiles, name: str, profile) -> None:
-    """The nodes announce what they hold a moment after they have it."""
-    async with asyncio.timeout(10):
-        while (got := await fetched(shared, name)) is None:
-            await asyncio.sleep(0.05)
-    assert got.digest == profile.digest
-
-
 async def test_what_the_nodes_lost_is_a_miss_until_it_is_shared_again(tmp_path):
     profile = profile_of(LAYOUT, MODEL)
     async with cluster(tmp_path) as store:
         client = await store.client()
         shared = SharedProfiles(client)
         assert await shared.share(profile, ("m",))
-        await until_got(shared, "m", profile)
+        assert (await fetched(shared, "m")).digest == profile.digest
         lost = [h.key for h in store.blocks(PROFILE_WIRE_ID)[:3]]
         await client.admin.unpin(lost)
         assert await client.admin.evict(lost) == ["OK"] * 3
         assert await fetched(shared, "m") is None
         assert await shared.share(profile, ("m",))
-        await until_got(shared, "m", profile)
+        assert (await fetched(shared, "m")).digest == profile.digest
 
 
 async def test_a_profile_that_does_not_fit_is_not_shared(tmp_path):
@@ -154,7 +145,7 @@ async def test_a_damaged_note_and_a_wrong_digest_are_misses(tmp_path):
         client = await store.client()
         shared = SharedProfiles(client)
         assert await shared.share(profile, ("m",))
-        await until_got(shared, "m", profile)
+        assert (await fetched(shared, "m")).digest == profile.digest
         assert await shared.get(replace(await shared.note("m"), digest="0" * 64)) is None
         await client.metadata.set_value("profile:m", b"[]")
         assert await shared.note("m") is None
@@ -229,6 +220,32 @@ async def test_one_worker_calibrates_and_the_others_fetch(tmp_path, model, monke
         await answer(workers[0], spec(prompt(40), 1))
         await until(lambda: len(store.blocks(CODECS["transform"][0])) == 2)
         assert (await warm(workers[1], prompt(40), 32)).cache.fidelity == 3
+    assert runs.read_text() == "run\n"
+
+
+async def test_a_worker_that_may_calibrate_just_after_another_has_does_not(tmp_path, model, monkeypatch):
+    runs, source, made, late = tmp_path / "runs", tmp_path / "made", asyncio.Event(), []
+    monkeypatch.setattr(local, "find", lambda *_: None)
+    take, release = claim.Claim.take, claim.Claim.release
+
+    async def take_late(self):
+        """The second worker has looked, and found nothing, when the first one calibrates."""
+        late.append(self)
+        if len(late) == 1:
+            await made.wait()
+        return await take(self)
+
+    async def release_and_tell(self):
+        await release(self)
+        made.set()
+
+    monkeypatch.setattr(claim.Claim, "take", take_late)
+    monkeypatch.setattr(claim.Claim, "release", release_and_tell)
+    async with cluster(tmp_path) as store, store.worker(model, command=copying(source, runs)) as second:
+        await until(lambda: late)
+        (await engine_profile(second)).save(source)
+        async with store.worker(model, command=copying(source, runs)) as first:
+            await until(lambda: first.info.codec == second.info.codec == "transform")
     assert runs.read_text() == "run\n"
 
 
