@@ -50,6 +50,9 @@ _SECTIONED = 1  # flag
 _FIXED_AT, _ROWS_AT, _ROW_BYTES = _PREFIX.size, _PREFIX.size + _FIXED.size, _ROW.size
 MAX_HEADER_BYTES = _ROWS_AT + MAX_FIDELITIES * _ROW_BYTES + _SECTIONS.size
 
+#: Makes a named tuple in a third of the time that its own name takes.
+_tuple = tuple.__new__
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -129,7 +132,7 @@ class BlockHeader:
 
     @property
     def total_bytes(self) -> int:
-        return self.header_bytes + self.payload_bytes
+        return _ROWS_AT + len(self.rows) * _ROW_BYTES + 4 * len(self.sections) + self.payload_bytes
 
     @property
     def raw_bytes(self) -> int:
@@ -202,10 +205,14 @@ class BlockHeader:
             raise CorruptBlockError("header length and number of layers disagree")
         if not 1 <= tokens <= MAX_TOKENS or not layers or not kv_heads or not head_dim:
             raise CorruptBlockError(f"impossible shape [{layers}, {kv_heads}, {tokens}, {head_dim}]")
-        rows = [LayerInfo(part, one, Distortion(k, v), harm) for part, one, k, v, harm in _ROW.iter_unpack(view[_ROWS_AT:rows_end])]
+        rows = [
+            _tuple(LayerInfo, (part, one, _tuple(Distortion, (k, v)), harm))
+            for part, one, k, v, harm in _ROW.iter_unpack(view[_ROWS_AT:rows_end])
+        ]
+        provenance = Provenance(p_fidelity, Distortion(p_keys, p_values)) if p_fidelity or p_keys or p_values else EXACT
         header = cls(
             codec, dtype, layers, kv_heads, head_dim, start, tokens, tuple(rows), present, key, namespace, parent, profile,
-            Provenance(p_fidelity, Distortion(p_keys, p_values)), _SECTIONS.unpack_from(view, rows_end) if flags else (),
+            provenance, _SECTIONS.unpack_from(view, rows_end) if flags else (),
         )  # fmt: skip
         if flags and not header.divides:
             raise CorruptBlockError("the header claims sections of a payload that does not divide into them")
@@ -214,9 +221,9 @@ class BlockHeader:
         return header
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class EncodedBlock:
-    """A header and the payload of each present layer of precision, base first."""
+    """A header and the payload of each present layer of precision, base first. Nobody changes one, see `BlockHeader`."""
 
     header: BlockHeader
     payload: tuple[Buffer, ...]

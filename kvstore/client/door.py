@@ -12,7 +12,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 from crc32c import crc32c
@@ -36,7 +35,7 @@ FIRST_BATCH_BYTES, BATCH_GROWTH, LAST_BATCH_BYTES = 8 << 20, 4, 32 << 20
 MAX_BATCH_KEYS = 512
 #: So little is copied in the caller's thread, in about a millisecond: to wake another for it and to be woken takes as long.
 AT_ONCE_BYTES = 6 << 20
-#: Blocks whose headers the connection takes without waiting for the node.
+#: Blocks whose headers are looked at there, and which the connection takes without waiting for the node.
 AT_ONCE_BLOCKS = 128
 #: Batches asked for at first: the node plans the next one while one is copied.
 AHEAD = 2
@@ -66,6 +65,7 @@ class Door(Line):
         self.arena = arena
         self._stage: Stage | None = None
         self._asked = False
+        self._batches: list[tuple[int, int]] = []  # of what was asked for
         self._guessed: tuple[Plan, Copied] | None = None
 
     def ask(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
@@ -77,17 +77,19 @@ class Door(Line):
         elif self.arena is None:
             self.send([door.message(Kind.GET, said, *keys)])
         else:
-            self.send([self._plan(keys, said, batch) for batch in islice(_batches(sizes), AHEAD)])
+            self._batches = list(_batches(sizes))
+            self.send([self._plan(keys, said, batch) for batch in self._batches[:AHEAD]])
         self._asked = True
 
     def guess(self, keys: Sequence[bytes], sizes: Sequence[int], buffers: Buffers) -> bool:
         """After `ask` for whole blocks: copy them as they lay the last time, if that takes little time.
 
-        True where it is done, so that `read` does little more than to wait for the node.
+        True where `read` has little to do, once the node has answered.
         """
-        if self.arena is not None and sum(sizes) <= AT_ONCE_BYTES:
-            self._guessed = self._guess(keys, buffers)
-        return self._guessed is not None
+        if self.arena is None or self.arena.is_device or sum(sizes) > AT_ONCE_BYTES:
+            return False
+        self._guessed = self._guess(keys, buffers)
+        return self._guessed is not None or len(keys) <= AT_ONCE_BLOCKS
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
@@ -121,7 +123,7 @@ class Door(Line):
         self._asked = False
         if self.arena is None or section is not None:
             return self._read_blocks(section, begun or [None] * len(keys), accept, take, Carver(buffers))
-        return self._read_shared(keys, sizes, door.NUMBER.pack(tokens), accept, take, buffers)
+        return self._read_shared(keys, door.NUMBER.pack(tokens), accept, take, buffers)
 
     def begin(self, blocks: Sequence[tuple[EncodedBlock, int]], timeout_s: float) -> bool:
         """Write what the next call of `write`, with the same arguments, begins with, if that takes little time and waits for nothing.
@@ -159,10 +161,8 @@ class Door(Line):
 
     # ---- shared memory
 
-    def _read_shared(
-        self, keys: Sequence[bytes], sizes: Sequence[int], tokens: bytes, accept: Accept, take: Take, buffers: Buffers
-    ) -> int:
-        batches, taken = list(_batches(sizes)), 0
+    def _read_shared(self, keys: Sequence[bytes], tokens: bytes, accept: Accept, take: Take, buffers: Buffers) -> int:
+        batches, taken = self._batches, 0
         for number, (first, stop) in enumerate(batches):
             copied, damage, answer = self._copy_all(keys[first:stop], first, accept, buffers)
             take(list(enumerate(copied, first)))

@@ -284,6 +284,7 @@ class Fetcher:
         """How many of the leading blocks came through the door."""
         loop, done, came = asyncio.get_running_loop(), 0, self._metrics.fetched_blocks.labels(way)
         begun = job.begun(section)
+        unfinished = [begun.get(p) for p in positions] if section else ()
 
         def accept(number: int, header: BlockHeader) -> bool:
             if not job.wanted(positions[number]):
@@ -312,8 +313,7 @@ class Fetcher:
             return section is None and door.guess(keys, sizes, self._buffers)
 
         def read(door: Door) -> int:
-            blocks = [begun.get(p) for p in positions]
-            return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s, section, blocks)
+            return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s, section, unfinished)
 
         try:
             await self._doors.through(node, read, ask)

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import mmap
 import os
+import select
 import socket
 import struct
 import termios
@@ -21,6 +22,7 @@ from kvstore.errors import TransportError
 #: Messages are received together up to here.
 RECEIVED_BYTES = 256 << 10
 MAX_IOV = 512
+SOON_MS = 1
 MAPPED_AT_ONCE_BYTES = 4 << 30
 _TIME = struct.Struct("@qq")  # seconds, microseconds
 _INT = struct.Struct("@i")
@@ -54,10 +56,13 @@ class Line:
     async def readable(self) -> bool:
         """Wait in the event loop, not in a thread, until the other end says something; whether that is a whole message (`has_message`).
 
-        False, too, when it says nothing until the deadline.
+        False, too, when it says nothing until the deadline. The loop itself stands still for the first `SOON_MS`: most answers come within
+        that, and to be woken for one takes the loop a good part of it.
         """
-        if self.has_message():
-            return True
+        poll = select.poll()
+        poll.register(self._peer, select.POLLIN)
+        if poll.poll(SOON_MS):
+            return self.has_message()
         loop, came, descriptor = asyncio.get_running_loop(), asyncio.Event(), self._peer.fileno()
         loop.add_reader(descriptor, came.set)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 OK = 1
 UNFIT = "a plan of the door does not fit its block or its arena"
+_ONE_LAYER = ((1, 0),)
 CUT_SHORT = "a plan of the door is cut short"
 #: Headers of what was read lately, in whatever company.
 _parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
@@ -51,53 +54,70 @@ class Plan:
         self.said, self.damage = said, ""
         self.headers: list[BlockHeader] = []
         self._sizes: list[int] = []  # of the buffers: a large block has its own, small ones share some
-        self._places: list[tuple[int, list[tuple[int, int]]]] = []  # of each block: its buffer, and there the range of each layer
-        self._layers: list[tuple[int, int, int]] = []  # block and number of each layer that is not empty, and its last row
-        rows: list[tuple[int, int, int, int]] = []
-        buffers: list[int] = []  # of each row
-        marks: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int]] = []  # of each block: its buffer, and where it begins there
+        self._layers: list[tuple[int, int]] = []  # block and number of each layer that is not empty
+        # Of the copies: the rows, as `copy_rows` takes them, and the buffers; of those layers the last row, and the CRC due there.
+        self._rows, self._buffers, self._ends, self._crcs, self.marks = self._columns(memory, count)
+
+    def _columns(self, memory: SharedMemory, count: int) -> tuple[np.ndarray, ...]:
+        said, at = self.said, 0
+        rows, buffers, ends, crcs, marks = array("Q"), array("q"), array("q"), array("Q"), array("Q")
         try:
-            for header, runs, mark in _entries(said, count):
-                layers = _rows_of(header, runs, memory)
+            while len(self.headers) < count:
+                status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(said, at)
+                header_at = at + door.PLANNED.size
+                runs_at = header_at + header_bytes
+                at = runs_at + runs * door.RUN.size
+                if status != OK:
+                    break
+                header = _parse_header(said[header_at:runs_at])
+                pieces, layers = _pieces_of(header, said, runs_at, runs, memory)
                 number, start = self._room(header.payload_bytes)
-                ranges = []
-                for layer, (row, pieces) in enumerate(zip(header.rows, layers, strict=False), 1):
-                    ranges.append((start, start := start + row.size_bytes))
-                    for at, address, size, before in pieces:
-                        rows.append((ranges[-1][0] + at, address, size, before))
-                        buffers.append(number)
-                    if pieces:
-                        self._layers.append((len(self.headers), layer, len(rows) - 1))
+                for layer, end in layers:
+                    self._layers.append((len(self.headers), layer))
+                    ends.append(len(buffers) + end)
+                    crcs.append(header.rows[layer - 1].crc32c)
+                for within, address, size, before in pieces:
+                    rows.extend((start + within, address, size, before))
+                    buffers.append(number)
                 marks.append(mark)
-                self._places.append((number, ranges))
+                marks.append(state)
+                self._places.append((number, start))
                 self.headers.append(header)
+        except struct.error:
+            self.damage = CUT_SHORT
         except CorruptBlockError as error:
             self.damage = str(error)
-        self._rows = np.array(rows, np.uint64).reshape(-1, 4)
-        self._buffers = np.array(buffers, np.intp)
-        self.marks = np.array(marks, np.uint64).reshape(-1, 2)
+        return np.array(rows).reshape(-1, 4), np.array(buffers), np.array(ends), np.array(crcs), np.array(marks).reshape(-1, 2)
 
     def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
         """Copy them out of `memory`. What came out is to be looked at (`Copied.sound`)."""
         views = [buffers.take(size) for size in self._sizes]
         blocks = []  # before the copy: it leaves nothing of Python's in the processor's cache
-        for header, (number, ranges) in zip(self.headers, self._places, strict=True):
-            view = views[number]
-            blocks.append(EncodedBlock(header, tuple([view[start:stop] for start, stop in ranges])))
+        for header, (number, start) in zip(self.headers, self._places, strict=True):
+            view, parts = views[number], []
+            for row in header.rows[: header.present]:
+                parts.append(view[start : start + row.size_bytes])
+                start += row.size_bytes
+            blocks.append(EncodedBlock(header, tuple(parts)))
         rows = self._rows.copy()
         if views:
             rows[:, 0] += np.array([address_of(view) for view in views], np.uint64)[self._buffers]
         memory.copy(rows)
-        return Copied(blocks, *self._whole(rows[:, 3].tolist()), memory.sound(self.marks))
+        return Copied(blocks, *self._whole(rows[:, 3]), memory.sound(self.marks))
 
-    def _whole(self, crcs: list[int]) -> tuple[int, str]:
+    def _whole(self, crcs: np.ndarray) -> tuple[int, str]:
         """How many leading blocks have the CRCs that their rows were found to have, and what is wrong with the next."""
-        for block, layer, row in self._layers:
-            try:
-                self.headers[block].check_layer(layer, crcs[row])
-            except CorruptBlockError as error:
-                return block, str(error)
-        return len(self.headers), ""
+        wrong = crcs[self._ends] != self._crcs
+        if not wrong.any():
+            return len(self.headers), ""
+        first = int(wrong.argmax())
+        block, layer = self._layers[first]
+        try:
+            self.headers[block].check_layer(layer, int(crcs[self._ends[first]]))
+        except CorruptBlockError as error:
+            return block, str(error)
+        raise AssertionError("a CRC is other than itself")
 
     def _room(self, size: int) -> tuple[int, int]:
         """A buffer for a block of `size` bytes, by number, and where in it the block begins."""
@@ -141,42 +161,36 @@ class Copied:
         return self.blocks[: min(count, self.there)], damage if self.there >= looked_at else ""
 
 
-def _entries(said: bytes, count: int) -> Iterator[tuple[BlockHeader, list[tuple[int, int]], tuple[int, int]]]:
-    """Each leading block that is there: header, runs in reverse, mark. Raises CorruptBlockError for a plan that is cut short."""
-    at = 0
-    for _ in range(count):
-        begin = at + door.PLANNED.size
-        if begin > len(said):
-            raise CorruptBlockError(CUT_SHORT)
-        status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(said, at)
-        runs_at = begin + header_bytes
-        at = runs_at + runs * door.RUN.size
-        if at > len(said):
-            raise CorruptBlockError(CUT_SHORT)
-        if status != OK:
-            return
-        yield _parse_header(said[begin:runs_at]), list(door.RUN.iter_unpack(said[runs_at:at]))[::-1], (mark, state)
-
-
-def _rows_of(header: BlockHeader, runs: list[tuple[int, int]], memory: SharedMemory) -> list[list[tuple[int, int, int, int]]]:
-    """Of each layer its rows, as `copy_rows` takes them, from the beginning of the layer; `runs` are used up from the end.
+def _pieces_of(
+    header: BlockHeader, said: bytes, runs_at: int, runs: int, memory: SharedMemory
+) -> tuple[Sequence[tuple[int, int, int, int]], Sequence[tuple[int, int]]]:
+    """The rows of a block as `copy_rows` takes them, from its beginning; the number of each layer that is not empty, and its last row.
 
     Raises CorruptBlockError where the runs are not the block's.
     """
-    if not header.payload_bytes:
+    total = header.payload_bytes
+    if not total:
         raise CorruptBlockError("a block without payload came through the door")
-    layers = []
+    if runs == header.present == 1:  # most blocks
+        offset, size = door.RUN.unpack_from(said, runs_at)
+        if size != total or offset + size > memory.size_bytes:
+            raise CorruptBlockError(UNFIT)
+        return ((0, memory.address + offset, size, 0),), _ONE_LAYER
+    left = [door.RUN.unpack_from(said, runs_at + number * door.RUN.size) for number in range(runs)][::-1]
+    pieces, layers, start = [], [], 0
     for number, row in enumerate(header.rows[: header.present], 1):
-        at, pieces = 0, []
-        while at < row.size_bytes:
-            offset, size = runs.pop() if runs else (0, 0)
-            if not 0 < size <= row.size_bytes - at or offset + size > memory.size_bytes:
+        at = start
+        while at < start + row.size_bytes:
+            offset, size = left.pop() if left else (0, 0)
+            if not 0 < size <= start + row.size_bytes - at or offset + size > memory.size_bytes:
                 raise CorruptBlockError(UNFIT)
-            pieces.append((at, memory.address + offset, size, GO_ON if at else 0))
+            pieces.append((at, memory.address + offset, size, GO_ON if at > start else 0))
             at += size
-        if not pieces:
+        if at > start:
+            layers.append((number, len(pieces) - 1))
+        else:
             header.check_layer(number, 0)
-        layers.append(pieces)
-    if runs:
+        start = at
+    if left:
         raise CorruptBlockError(UNFIT)
-    return layers
+    return pieces, layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +30,14 @@ class SharedMemory:
     ----------
     mapped : uint8 [bytes]
         What the node shares of its host memory: marks, and before them the pages, unless those are a GPU's.
+
+    Attributes
+    ----------
+    is_device : bool
+        Whether the pages are a GPU's.
     """
+
+    is_device: ClassVar[bool] = False
 
     def __init__(self, mapped: np.ndarray) -> None:
         self._marks = mapped[: len(mapped) // MARK_BYTES * MARK_BYTES].view(np.uint64)
@@ -92,6 +99,8 @@ class DeviceMemory(SharedMemory):
     TransportError
         Where they cannot be reached.
     """
+
+    is_device = True
 
     def __init__(self, mapped: np.ndarray, remote: bytes) -> None:
         from kvstore.arena.cuda import RemoteName, attach

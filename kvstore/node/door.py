@@ -229,44 +229,45 @@ class Guest:
         size_bytes, descriptors = (0, []) if self._stage is None else (STAGE_BYTES, [self._stage.fd])
         socket.send_fds(self._peer, [door.message(Kind.STAGED, door.ARENA.pack(size_bytes))], descriptors)
 
-    def _look(self, body: memoryview, section: int | None = None) -> tuple[list[Found | None], Request | None]:
+    def _look(self, body: memoryview, section: int | None = None) -> tuple[list[Entry | None], Request | None]:
         """What there is of what is asked for, and whose use that is: none of its own where it is a further section."""
         (tokens,) = door.NUMBER.unpack_from(body)
         engine, ids = self._service.engine, self._service.ids(self._caller, door.split_keys(body[door.NUMBER.size :]))
         request = None if section else engine.reading(ids, tokens)
-        plan = engine.look(ids, 0)
-        spill = self._service.spill
+        entries, spill = engine.find(ids), self._service.spill
         if spill:  # what a tier has more of is for a Get call, which reads it there
-            plan = [None if found is None or spill.has_better(id, found.header) else found for id, found in zip(ids, plan, strict=True)]
-        return plan, request
+            entries = [None if e is None or spill.has_better(id, e.header) else e for id, e in zip(ids, entries, strict=True)]
+        return entries, request
 
     async def _plan(self, body: memoryview) -> None:
         if len(self._plans) >= MAX_PLANS:
             raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
-        plan, request = self._look(body)
+        entries, request = self._look(body)
         self._number += 1
-        left = self._send_now(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, plan)))
-        self._plans[self._number] = self._service.engine.lease(plan)  # while the guest copies
-        self._service.engine.used(plan, request)
+        left = self._send_now(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, entries)))
+        os.sched_yield()  # the guest goes on, if it was to wait for this processor
+        self._plans[self._number] = self._service.engine.lease(entries)  # while the guest copies
+        self._service.engine.used(entries, request)
         await self._send(left)
 
-    def _described(self, found: Found | None) -> bytes:
+    def _described(self, entry: Entry | None) -> bytes:
         """The header of a block and where in the arena its payload lies, as PLANNED says it."""
-        if found is None or not self._service.engine.intact(found):
+        if entry is None:
             return _ABSENT
-        generation, described = found.entry.description
-        if generation != found.generation:
-            arena, header = self._service.arena, found.header.to_bytes()
-            rows = zip(found.header.rows, found.layers, strict=False)
+        generation, described = entry.description
+        if generation != entry.generation:
+            arena, header = self._service.arena, entry.header.to_bytes()
+            rows = zip(entry.header.rows, entry.layers, strict=False)
             runs = [door.RUN.pack(*run) for row, extents in rows for run in arena.pieces(extents, 0, row.size_bytes)]
-            mark = arena.marks_at + found.entry.first_page * MARK_BYTES
-            described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs), mark, found.generation), header, *runs))
-            found.entry.description = found.generation, described
+            mark = arena.marks_at + entry.first_page * MARK_BYTES
+            described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs), mark, entry.generation), header, *runs))
+            entry.description = entry.generation, described
         return described
 
     async def _get(self, body: memoryview, section: int | None = None) -> None:
-        plan, request = self._look(body, section)
-        lease = self._service.engine.lease(plan)
+        entries, request = self._look(body, section)
+        plan = [entry and Found.of(entry, 0) for entry in entries]
+        lease = self._service.engine.lease(entries)
         try:
             for found in plan:
                 if found is None or not self._service.engine.intact(found):
@@ -276,7 +277,7 @@ class Guest:
             await self._flush()
         finally:
             if request is not None:
-                self._service.engine.used(plan, request)
+                self._service.engine.used(entries, request)
             self._service.engine.holds.release(lease)
 
     async def _stream(self, found: Found, section: int | None) -> None:
@@ -328,7 +329,7 @@ class Guest:
         if not incoming.open:
             self._incoming = self.write_ends = None
         for entry in await self._tell(outcome, incoming):
-            self._described(Found.of(entry, 0))  # now, when nobody waits for it, rather than at the first read
+            self._described(entry)  # now, when nobody waits for it, rather than at the first read
 
     def _begin_writing(self) -> Incoming:
         """What takes the blocks of the guest's write, which has a while to end from its beginning."""

@@ -4,7 +4,7 @@ The server calls these methods from its event loop, one at a time, and moves the
 calls, and that `check` verifies: used + reserved + free pages = pages of the arena, and no page has two owners.
 
 Life of a put: `reserve` makes room and takes pages, the server writes and verifies them, `commit` makes the block visible or `abort`
-gives the pages back. Life of a get: `look` finds what is there, `lease` holds it, the server copies and asks `intact` after each copy
+gives the pages back. Life of a get: `find` finds what is there, `lease` holds it, the server copies and asks `intact` after each copy
 whether the bytes were still the block's, `used` tells the policy, `holds.release` ends the lease. What a caller need not wait for,
 `lease` and `settle`, may come after its answer, as long as nothing else is asked of the engine in between.
 """
@@ -239,21 +239,22 @@ class NodeEngine:
         entries = [self.table.get(key) for key in keys]
         return entries, self.holds.lease([e for e in entries if e is not None], lease_s) if lease_s else 0
 
-    def look(self, keys: Sequence[bytes], max_fidelity: int) -> list[Found | None]:
-        """What a Get will send, block by block; `lease` it before anything else happens, tell of it (`used`) when the reader has it."""
+    def find(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        """What is here of what a reader asks for; `lease` it before anything else happens, tell of it (`used`) when the reader has it."""
         check_keys(keys)
-        entries = [self.table.get(key) for key in keys]
-        for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
-            self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
-        return [e and Found.of(e, max_fidelity) for e in entries]
+        entries = list(map(self.table.get, keys))
+        if None in entries:
+            for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
+                self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
+        return entries
 
-    def lease(self, plan: Iterable[Found | None]) -> int:
-        """A lease on what a plan found, as far as the bounds allow; 0 for none."""
-        return self.holds.lease([found.entry for found in plan if found is not None], self.config.get_hold_s)
+    def lease(self, entries: Iterable[Entry | None]) -> int:
+        """A lease on what was found, as far as the bounds allow; 0 for none."""
+        return self.holds.lease([entry for entry in entries if entry is not None], self.config.get_hold_s)
 
-    def used(self, plan: Sequence[Found | None], request: Request) -> None:
-        """Count a read of what a plan found as a use, of those blocks that are still here."""
-        self._touch([found.entry for found in plan if found is not None and self.table.get(found.entry.id) is found.entry], request)
+    def used(self, entries: Iterable[Entry | None], request: Request) -> None:
+        """Count a read of what was found as a use, of those blocks that are still here."""
+        self._touch([entry for entry in entries if entry is not None and self.table.get(entry.id) is entry], request)
 
     def intact(self, found: Found) -> bool:
         """Whether bytes copied until now from `found` are the block's."""

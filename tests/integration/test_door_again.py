@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kvstore.client import ClientConfig, KvClient
-from kvstore.client.door import Door
+from kvstore.client import ClientConfig, KvClient, line
+from kvstore.client.door import AT_ONCE_BLOCKS, Door
 from kvstore.client.planned import Plan
 from kvstore.client.shared import SharedMemory
 from kvstore.client.staging import Stage
@@ -186,6 +186,25 @@ async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch):
         for _ in range(2):
             assert same(await fetch(client, hits), blocks[:7])
         assert came_by(client) == {"local": 3 * COUNT + 2 * 7}
+
+
+async def test_few_blocks_are_read_for_the_first_time_without_waking_a_thread_and_many_are_not(tmp_path, monkeypatch):
+    threads, copy_all = [], Door._copy_all
+
+    def noted(self, *args):
+        threads.append(threading.current_thread())
+        return copy_all(self, *args)
+
+    monkeypatch.setattr(Door, "_copy_all", noted)
+    monkeypatch.setattr(line, "SOON_MS", 1000)  # the node's answer comes within it, however busy the machine
+    async with apart(tmp_path) as (_, client, hits, _):
+        for number, (count, is_device) in enumerate(((AT_ONCE_BLOCKS, False), (AT_ONCE_BLOCKS + 1, False), (COUNT, True)), 1):
+            blocks = chain(count, 2000, number=10_000 * number)
+            hits = await stored(client, blocks)
+            monkeypatch.setattr(SharedMemory, "is_device", is_device)  # a GPU's memory is waited for, which a thread does
+            assert same(await fetch(client, hits), blocks)
+            await given_back(client)
+        assert [thread is threading.main_thread() for thread in threads[-3:]] == [True, False, False]
 
 
 async def test_little_is_put_without_waking_a_thread(tmp_path, monkeypatch):

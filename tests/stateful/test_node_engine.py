@@ -165,8 +165,9 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(numbers=st.lists(KEYS, min_size=1, max_size=3), fidelity=st.integers(0, 3), done=st.booleans())
     def get(self, numbers: list[int], fidelity: int, done: bool) -> None:
         keys = [key_of(n) for n in numbers]
-        plan = self.engine.look(keys, fidelity)
-        lease = self.engine.lease(plan)
+        entries = self.engine.find(keys)
+        plan = [entry and Found.of(entry, fidelity) for entry in entries]
+        lease = self.engine.lease(entries)
         for key, found in zip(keys, plan, strict=True):
             assert (found is None) == (key not in self.model), "a get returns exactly what was put and not dropped"
             if found is not None:
@@ -174,10 +175,10 @@ class NodeMachine(RuleBasedStateMachine):
                 assert found.header == known.header.truncate(min(fidelity or 3, known.header.present))
                 self.readers.append((found, known.token))
         if done:
-            self.engine.used(plan, self.engine.request())
+            self.engine.used(entries, self.engine.request())
             self.engine.holds.release(lease)
         else:
-            self.unused.append(plan)
+            self.unused.append(entries)
             self.remember_lease(lease, keys, CONFIG.get_hold_s)
 
     @precondition(lambda self: self.unused)
@@ -361,8 +362,8 @@ def test_a_block_that_a_reader_took_while_a_better_one_was_written_stays(engine:
     worse, better = block(0, (600,), error=0.4), block(0, (600, 600), error=0.1)
     assert store(engine, worse.header) is Status.OK
     reservation = engine.reserve(better.header, engine.request())
-    (found,) = engine.look([worse.header.key], 0)
-    lease = engine.lease([found])
+    (entry,) = engine.find([worse.header.key])
+    found, lease = Found.of(entry, 0), engine.lease([entry])
     assert engine.commit(reservation) is Status.BUSY
     assert engine.intact(found)
     engine.holds.release(lease)
@@ -376,9 +377,9 @@ def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: st
     engine = NodeEngine(CONFIG, ManualClock(), create(policy), PageAllocator(PAGES))
     one = block(0, (PAGE * 3,)).header
     assert store(engine, one) is Status.OK
-    plan = engine.look([one.key] * 8, 0)
-    lease = engine.lease(plan)
-    engine.used(plan, engine.request())
+    entries = engine.find([one.key] * 8)
+    lease = engine.lease(entries)
+    engine.used(entries, engine.request())
     engine.holds.release(lease)
     assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
     assert engine.table.get(one.key) is None

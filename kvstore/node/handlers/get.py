@@ -39,8 +39,9 @@ class Get(Handler):
         engine = self.service.engine
         ids = self.service.ids(self.service.caller(context), asked.keys)
         use = engine.reading(ids, asked.input_tokens) if asked.section <= 1 else None  # further sections are the same use
-        plan = engine.look(ids, asked.max_fidelity)
-        lease = engine.lease(plan)
+        entries = engine.find(ids)
+        plan = [entry and Found.of(entry, asked.max_fidelity) for entry in entries]
+        lease = engine.lease(entries)
         outgoing = Outgoing(context, PACK_BYTES if asked.pack else 0)
         try:
             for index, found in enumerate(plan):
@@ -48,7 +49,7 @@ class Get(Handler):
             await outgoing.flush()
         finally:
             if use is not None:
-                engine.used(plan, use)
+                engine.used(entries, use)
             engine.holds.release(lease)
 
     async def _send(self, index: int, id: bytes, found: Found | None, asked: pb.GetRequest, outgoing: Outgoing) -> None:
