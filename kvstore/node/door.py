@@ -245,7 +245,6 @@ class Guest:
         entries, request = self._look(body)
         self._number += 1
         left = self._send_now(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, entries)))
-        os.sched_yield()  # the guest goes on, if it was to wait for this processor
         self._plans[self._number] = self._service.engine.lease(entries)  # while the guest copies
         self._service.engine.used(entries, request)
         await self._send(left)
@@ -356,11 +355,12 @@ class Guest:
         return entries
 
     def _send_now(self, data: bytes) -> memoryview:
-        """Send what goes out at once. Returns the rest."""
+        """Send what goes out at once, and let the guest go on, should it wait for this processor. Returns the rest."""
         try:
             sent = self._peer.send(data)
         except BlockingIOError:
             sent = 0
+        os.sched_yield()
         return memoryview(data)[sent:]
 
     async def _send(self, data: bytes | memoryview) -> None:
