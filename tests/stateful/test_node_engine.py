@@ -20,7 +20,7 @@ from kvstore.clock import ManualClock
 from kvstore.eviction import BlockInfo, EvictionPolicy, Request, Victim, create, names
 from kvstore.identity import NO_PARENT
 from kvstore.node.config import NodeConfig
-from kvstore.node.engine import Found, NodeEngine, Reservation
+from kvstore.node.engine import Entry, Found, NodeEngine, Reservation
 from kvstore.node.status import Status
 from tests.node_support import block, key_of
 
@@ -98,7 +98,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.pins: dict[bytes, float] = {}
         self.held: dict[int, tuple[float, list[bytes]]] = {}
         self.readers: list[tuple[Found, int]] = []
-        self.unused: list[list[Found | None]] = []
+        self.unused: list[list[Entry | None]] = []
         self.tokens = iter(range(1, 10**9))
 
     # ---- writers
@@ -166,9 +166,9 @@ class NodeMachine(RuleBasedStateMachine):
     def get(self, numbers: list[int], fidelity: int, done: bool) -> None:
         keys = [key_of(n) for n in numbers]
         entries = self.engine.find(keys)
-        plan = [entry and Found.of(entry, fidelity) for entry in entries]
         lease = self.engine.lease(entries)
-        for key, found in zip(keys, plan, strict=True):
+        for key, entry in zip(keys, entries, strict=True):
+            found = entry and Found.of(entry, fidelity)
             assert (found is None) == (key not in self.model), "a get returns exactly what was put and not dropped"
             if found is not None:
                 known = self.model[key]
@@ -378,9 +378,8 @@ def test_a_block_that_is_asked_for_many_times_in_one_get_is_used_once(policy: st
     one = block(0, (PAGE * 3,)).header
     assert store(engine, one) is Status.OK
     entries = engine.find([one.key] * 8)
-    lease = engine.lease(entries)
+    engine.holds.release(engine.lease(entries))
     engine.used(entries, engine.request())
-    engine.holds.release(lease)
     assert store(engine, block(1, (PAGE * (PAGES - 1),)).header) is Status.OK
     assert engine.table.get(one.key) is None
     engine.check()
