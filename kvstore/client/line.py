@@ -21,6 +21,8 @@ from kvstore.errors import TransportError
 
 #: Messages are received together up to here.
 RECEIVED_BYTES = 256 << 10
+#: So much goes to where it is wanted without a detour, with at most the beginning of what is behind it: a message and its header.
+DIRECT_BYTES, BEHIND_BYTES = 32 << 10, 512
 MAX_IOV = 512
 SOON_MS = 1
 MAPPED_AT_ONCE_BYTES = 4 << 30
@@ -128,14 +130,17 @@ class Line:
                 size = min(len(buffer) - at, self._stop - self._start)
                 buffer[at : at + size] = self._inbox[self._start : self._start + size]
                 self._start, at = self._start + size, at + size
-            elif len(buffer) - at >= RECEIVED_BYTES:
-                at += self._receive_into(buffer[at:], socket.MSG_WAITALL)
+            elif (left := len(buffer) - at) >= RECEIVED_BYTES:
+                at += self._receive_into([buffer[at:]], socket.MSG_WAITALL)
+            elif left >= DIRECT_BYTES:
+                got = self._receive_into([buffer[at:], self._inbox[:BEHIND_BYTES]], 0)
+                self._start, self._stop, at = 0, max(got - left, 0), at + min(got, left)
             else:
-                self._start, self._stop = 0, self._receive_into(self._inbox, 0)
+                self._start, self._stop = 0, self._receive_into([self._inbox], 0)
 
-    def _receive_into(self, buffer: memoryview, flags: int) -> int:
+    def _receive_into(self, buffers: Sequence[memoryview], flags: int) -> int:
         self._patience(socket.SO_RCVTIMEO)
-        got = self._peer.recv_into(buffer, 0, flags)
+        got, _, _, _ = self._peer.recvmsg_into(buffers, 0, flags)
         if not got:
             raise ConnectionError("the connection has ended")
         return got

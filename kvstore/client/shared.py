@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvstore.arena import MARK_BYTES
-from kvstore.checked_copy import GO_ON, Copies, address_of, copy_rows
+from kvstore.checked_copy import GO_ON, Copies, address_of, copy_rows, prepare
 from kvstore.errors import CorruptBlockError, TransportError
 
 from .planned import Plan
@@ -47,6 +47,7 @@ class SharedMemory:
         self._plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
         self._planned = 0
         self._remembering = threading.Lock()
+        prepare()  # here, in the thread that opened the door, and not at the first copy, which may be made in an event loop
 
     def guess(self, keys: Sequence[bytes]) -> Plan | None:
         """Where these blocks were when they were last read together, if they still are there."""

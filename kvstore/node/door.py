@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvstore import door
 from kvstore.arena import MARK_BYTES
-from kvstore.block import SECTIONS
+from kvstore.block import SECTIONS, Buffer
 from kvstore.credentials import Caller
 from kvstore.door import Kind
 from kvstore.errors import ConcertinaError, ConfigError, TransportError
@@ -35,6 +35,8 @@ MAX_CONNECTIONS = 256
 HELLO_S = 2.0
 #: Plans that one connection may have open.
 MAX_PLANS = 4
+#: Pieces of memory that one system call sends together.
+MAX_PARTS = 512
 _PEER = struct.Struct("3i")  # pid, uid, gid
 _ABSENT = door.PLANNED.pack(Status.NOT_FOUND, 0, 0, 0, 0)
 
@@ -178,7 +180,7 @@ class Guest:
         self._number = 0
         self._incoming: Incoming | None = None
         self.write_ends: float | None = None
-        self._waiting: list[bytes] = []
+        self._waiting: list[Buffer] = []
         self._waiting_bytes = 0
 
     async def serve(self, kind: Kind, body: memoryview) -> None:
@@ -244,7 +246,7 @@ class Guest:
             raise TransportError(f"a connection has at most {MAX_PLANS} plans open")
         entries, request = self._look(body)
         self._number += 1
-        left = self._send_now(door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, entries)))
+        left = self._send_now([door.message(Kind.PLANNED, door.NUMBER.pack(self._number), *map(self._described, entries))])
         self._plans[self._number] = self._service.engine.lease(entries)  # while the guest copies
         self._service.engine.used(entries, request)
         await self._send(left)
@@ -280,29 +282,32 @@ class Guest:
             self._service.engine.holds.release(lease)
 
     async def _stream(self, found: Found, section: int | None) -> None:
-        """One block, or a section of it, and after its last byte whether all of them were its own."""
+        """One block, or a section of it, and after its last byte whether all of them were its own.
+
+        What waits to be sent together is the arena's own memory: nothing else runs until it has been sent, or copied.
+        """
         await self._send_later(door.message(Kind.BLOCK, bytes((Status.OK,)), found.header.to_bytes()))
         begin, end = (0, found.header.payload_bytes) if section is None else found.header.section(section)
         for offset in range(begin, end, LARGE_BYTES):
             for piece in await self._service.copier.read(found.header, found.layers, offset, min(LARGE_BYTES, end - offset)):
                 if end - begin <= SMALL_BYTES:
-                    await self._send_later(bytes(piece))
+                    await self._send_later(piece)
                 else:
                     await self._flush()
                     await self._send(piece)
         await self._send_later(door.INTACT if self._service.engine.intact(found) else door.LOST)
 
-    async def _send_later(self, data: bytes) -> None:
+    async def _send_later(self, data: Buffer) -> None:
         """Send `data` together with what comes next."""
         self._waiting.append(data)
         self._waiting_bytes += len(data)
-        if self._waiting_bytes >= SMALL_BYTES:
+        if self._waiting_bytes >= SMALL_BYTES or len(self._waiting) >= MAX_PARTS:
             await self._flush()
 
     async def _flush(self) -> None:
         if self._waiting:
-            data, self._waiting, self._waiting_bytes = b"".join(self._waiting), [], 0
-            await self._send(data)
+            parts, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            await self._send(self._send_now(parts))
 
     async def _put(self, body: memoryview) -> None:
         if not self._service.admitting:
@@ -348,22 +353,27 @@ class Guest:
     async def _tell(self, outcome: Sequence[Status], incoming: Incoming) -> list[Entry]:
         """What became of blocks; and what nobody waits for, once that is on its way. Returns the blocks that can be seen since then."""
         try:
-            left = self._send_now(door.message(Kind.STATUSES, bytes(outcome)))
+            left = self._send_now([door.message(Kind.STATUSES, bytes(outcome))])
         finally:
             entries = incoming.settle()
         await self._send(left)
         return entries
 
-    def _send_now(self, data: bytes) -> memoryview:
-        """Send what goes out at once, and let the guest go on, should it wait for this processor. Returns the rest."""
+    def _send_now(self, parts: Sequence[Buffer]) -> bytes:
+        """Send what goes out at once, and let the guest go on, should it wait for this processor. Returns a copy of the rest."""
         try:
-            sent = self._peer.send(data)
+            sent = self._peer.sendmsg(parts)
         except BlockingIOError:
             sent = 0
+        rest = []
+        for part in parts:
+            if sent < len(part):
+                rest.append(part[sent:])
+            sent = max(sent - len(part), 0)
         os.sched_yield()
-        return memoryview(data)[sent:]
+        return b"".join(rest)
 
-    async def _send(self, data: bytes | memoryview) -> None:
+    async def _send(self, data: Buffer) -> None:
         if not len(data):
             return
         async with asyncio.timeout(PIECE_S):
