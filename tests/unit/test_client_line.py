@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 import uvloop
 
 from kvstore import door
-from kvstore.client.line import Line
+from kvstore.client.line import DIRECT_BYTES, RECEIVED_BYTES, Line
 from kvstore.door import Kind
 from kvstore.errors import TransportError
 
@@ -49,6 +50,22 @@ def test_what_is_no_message_is_refused_before_it_is_waited_for(ends):
     node.sendall(b"\xff" * 5)
     with pytest.raises(TransportError):
         line.has_message()
+
+
+@pytest.mark.parametrize("size", [1, DIRECT_BYTES - 1, DIRECT_BYTES, 100_000, RECEIVED_BYTES, RECEIVED_BYTES + 1])
+def test_a_payload_comes_where_it_belongs_and_what_is_behind_it_is_next(ends, size):
+    line, node = ends
+    line.deadline = time.monotonic() + 30
+    payloads = [random.Random(number).randbytes(size) for number in range(3)]
+    sent = b"".join(door.message(Kind.PLANNED, bytes([number] * 700)) + payload for number, payload in enumerate(payloads))
+    sending = threading.Thread(target=node.sendall, args=(sent,))
+    sending.start()
+    for number, payload in enumerate(payloads):
+        assert bytes(line.receive(Kind.PLANNED)) == bytes([number] * 700)
+        buffer = memoryview(bytearray(size))
+        line.fill(buffer)
+        assert buffer == payload
+    sending.join()
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
