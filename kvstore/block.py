@@ -132,7 +132,7 @@ class BlockHeader:
 
     @property
     def total_bytes(self) -> int:
-        return _ROWS_AT + len(self.rows) * _ROW_BYTES + 4 * len(self.sections) + self.payload_bytes
+        return self.header_bytes + self.payload_bytes
 
     @property
     def raw_bytes(self) -> int:

@@ -24,6 +24,7 @@ RECEIVED_BYTES = 256 << 10
 #: So much goes to where it is wanted without a detour, with at most the beginning of what is behind it: a message and its header.
 DIRECT_BYTES, BEHIND_BYTES = 32 << 10, 512
 MAX_IOV = 512
+#: An event loop itself waits so long for an answer, before it does other things meanwhile.
 SOON_MS = 1
 MAPPED_AT_ONCE_BYTES = 4 << 30
 _TIME = struct.Struct("@qq")  # seconds, microseconds

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 OK = 1
 UNFIT = "a plan of the door does not fit its block or its arena"
-_ONE_LAYER = ((1, 0),)
 CUT_SHORT = "a plan of the door is cut short"
+#: Of a block of one layer, copied in one go: number and last row of each layer.
+_ONE_LAYER = ((1, 0),)
 #: Headers of what was read lately, in whatever company.
 _parse_header = lru_cache(maxsize=4096)(BlockHeader.from_bytes)
 
@@ -60,6 +61,7 @@ class Plan:
         self._rows, self._buffers, self._ends, self._crcs, self.marks = self._columns(memory, count)
 
     def _columns(self, memory: SharedMemory, count: int) -> tuple[np.ndarray, ...]:
+        """Read the entries in one pass: of a damaged one, and of what is behind it, nothing is kept."""
         said, at = self.said, 0
         rows, buffers, ends, crcs, marks = array("Q"), array("q"), array("q"), array("Q"), array("Q")
         try:
