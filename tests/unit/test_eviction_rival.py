@@ -123,34 +123,28 @@ def test_recency_leads_while_what_it_would_hold_is_lacking_beyond_what_may_be_lo
         rival.judge(10, 8, 8)
     assert not any(rival.gone(990.0) for _ in range(41))
     assert any(rival.gone(990.0) for _ in range(2)) and rival.leads, "42 blocks of 10,000 may be lost, and all lacking ones asked for"
-    for until in (1600, 2200, 2800):
-        for second in range(until - 600, until):
-            rival.came(float(second), 10, 10)
-            rival.judge(10, 8, 8)
-        assert not rival.leads, "recency itself would have dropped them by now"
-        lacking = 0
-        while not rival.leads:
-            rival.gone(until - 10.0)
-            lacking += 1
-    assert lacking > 2 * 118, "118 may be lost; what was lacking was not asked for, and the risk is a share of it"
-
-
-def lost_after(requests: int, known: int, recency: int) -> int:
-    """Hits lost by an order that begins to lose after so many requests for 100 blocks, until recency leads."""
-    rival, lost = Rival(), 0
-    for _ in range(requests):
-        rival.judge(100, recency, recency, True, known)
+    for second in range(1000, 1600):
+        rival.came(float(second), 10, 10)
+        rival.judge(10, 8, 8)
+    assert not rival.leads, "recency itself would have dropped them by now"
+    lacking = 0
     while not rival.leads:
-        rival.judge(100, recency - 5, recency, True, known)
-        lost += 5
-    return lost
+        rival.gone(1590.0)
+        lacking += 1
+    assert lacking > 100, "what was lacking was not asked for: the risk is a share of it"
 
 
-def test_more_is_advanced_where_recency_misses_much_that_was_asked_for_before() -> None:
-    much, little = lost_after(100, 90, 45), lost_after(100, 90, 80)
-    nearly_all = lost_after(100, 90, 5)  # then recency has nothing to lose either
-    assert much > 2 * little and little == nearly_all
-    assert lost_after(1000, 90, 45) == lost_after(1000, 90, 80), "an advance is no gift"
+def test_more_may_be_lost_where_recency_misses_much_that_was_asked_for_before() -> None:
+    lost = []
+    for known, recency in ((90, 45), (90, 80), (90, 5)):  # half of it, little, and nearly all: then it has nothing to lose either
+        rival, behind = Rival(), 0
+        for _ in range(300):
+            rival.judge(100, recency, recency, True, known)
+        while not rival.leads:
+            rival.judge(100, recency - 5, recency, True, known)
+            behind += 5
+        lost.append(behind)
+    assert lost[0] > 5 * lost[1] and lost[1] == lost[2]
 
 
 def test_the_bound_is_that_of_all_nodes_together() -> None:
