@@ -70,10 +70,12 @@ class Plan:
                 header_at = at + door.PLANNED.size
                 runs_at = header_at + header_bytes
                 at = runs_at + runs * door.RUN.size
+                if at > len(said):
+                    raise CorruptBlockError(CUT_SHORT)
                 if status != OK:
                     break
                 header = _parse_header(said[header_at:runs_at])
-                pieces, layers = _pieces_of(header, said, runs_at, runs, memory)
+                pieces, layers = _pieces_of(header, said[runs_at:at], memory)
                 number, start = self._room(header.payload_bytes)
                 for layer, end in layers:
                     self._layers.append((len(self.headers), layer))
@@ -110,16 +112,13 @@ class Plan:
 
     def _whole(self, crcs: np.ndarray) -> tuple[int, str]:
         """How many leading blocks have the CRCs that their rows were found to have, and what is wrong with the next."""
-        wrong = crcs[self._ends] != self._crcs
-        if not wrong.any():
-            return len(self.headers), ""
-        first = int(wrong.argmax())
-        block, layer = self._layers[first]
-        try:
-            self.headers[block].check_layer(layer, int(crcs[self._ends[first]]))
-        except CorruptBlockError as error:
-            return block, str(error)
-        raise AssertionError("a CRC is other than itself")
+        for wrong in np.flatnonzero(crcs[self._ends] != self._crcs)[:1].tolist():
+            block, layer = self._layers[wrong]
+            try:
+                self.headers[block].check_layer(layer, int(crcs[self._ends[wrong]]))
+            except CorruptBlockError as error:
+                return block, str(error)
+        return len(self.headers), ""
 
     def _room(self, size: int) -> tuple[int, int]:
         """A buffer for a block of `size` bytes, by number, and where in it the block begins."""
@@ -164,7 +163,7 @@ class Copied:
 
 
 def _pieces_of(
-    header: BlockHeader, said: bytes, runs_at: int, runs: int, memory: SharedMemory
+    header: BlockHeader, runs: bytes, memory: SharedMemory
 ) -> tuple[Sequence[tuple[int, int, int, int]], Sequence[tuple[int, int]]]:
     """The rows of a block as `copy_rows` takes them, from its beginning; the number of each layer that is not empty, and its last row.
 
@@ -173,12 +172,12 @@ def _pieces_of(
     total = header.payload_bytes
     if not total:
         raise CorruptBlockError("a block without payload came through the door")
-    if runs == header.present == 1:  # most blocks
-        offset, size = door.RUN.unpack_from(said, runs_at)
+    if header.present == 1 and len(runs) == door.RUN.size:  # most blocks
+        offset, size = door.RUN.unpack(runs)
         if size != total or offset + size > memory.size_bytes:
             raise CorruptBlockError(UNFIT)
         return ((0, memory.address + offset, size, 0),), _ONE_LAYER
-    left = [door.RUN.unpack_from(said, runs_at + number * door.RUN.size) for number in range(runs)][::-1]
+    left = list(door.RUN.iter_unpack(runs))[::-1]
     pieces, layers, start = [], [], 0
     for number, row in enumerate(header.rows[: header.present], 1):
         at = start

@@ -242,10 +242,9 @@ class NodeEngine:
     def find(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """What is here of what a reader asks for; `lease` it before anything else happens, tell of it (`used`) when the reader has it."""
         check_keys(keys)
-        entries = list(map(self.table.get, keys))
-        if None in entries:
-            for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
-                self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
+        entries = [self.table.get(key) for key in keys]
+        for key in [key for key, entry in zip(keys, entries, strict=True) if entry is None][:MAX_ABSENT]:
+            self._on_change(key)  # the index led the reader here: if its row is wrong, it goes
         return entries
 
     def lease(self, entries: Iterable[Entry | None]) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -127,13 +128,13 @@ class SharedProfiles:
 
     async def _is_listed(self, note: Note) -> bool:
         """Whether readers find all chunks. Nodes announce what they hold a moment after they have it."""
-        keys = note.keys
-        for look in range(round(LISTED_S / LOOK_S)):
-            await asyncio.sleep(LOOK_S if look else 0)
-            if len(await self._client.lookup(keys, deadline_s=LOOKUP_S)) == len(keys):
-                return True
-        log.info("the nodes have not announced the profile within %.0f s; others may not find it yet", LISTED_S)
-        return False
+        keys, until = note.keys, time.monotonic() + LISTED_S
+        while len(await self._client.lookup(keys, deadline_s=LOOKUP_S)) < len(keys):
+            if time.monotonic() > until:  # a lookup may take its time, too
+                log.info("the nodes have not announced the profile within %.0f s; others may not find it yet", LISTED_S)
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
 
     async def note(self, name: str) -> Note | None:
         """What `name`, a model's or a profile's digest in hex, stands for; None where nothing does or the metadata is away."""

@@ -164,18 +164,26 @@ async def apart(tmp_path):
         server.stop()
 
 
-async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch):
-    threads, copy_all, copy = [], Door._copy_all, Plan.copy
+@pytest.fixture
+def threads(monkeypatch):
+    """Of each batch that was copied, whose thread did it."""
+    threads, copy_all = [], Door._copy_all
 
     def noted(self, *args):
         threads.append(threading.current_thread())
         return copy_all(self, *args)
 
+    monkeypatch.setattr(Door, "_copy_all", noted)
+    return threads
+
+
+async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch, threads):
+    copy = Plan.copy
+
     def slow(self, *args):
         time.sleep(0.1)  # so that the node has answered
         return copy(self, *args)
 
-    monkeypatch.setattr(Door, "_copy_all", noted)
     async with apart(tmp_path) as (_, client, hits, blocks):
         monkeypatch.setattr(Plan, "copy", slow)
         for _ in range(2):
@@ -188,16 +196,9 @@ async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch):
         assert came_by(client) == {"local": 3 * COUNT + 2 * 7}
 
 
-async def test_few_blocks_are_read_for_the_first_time_without_waking_a_thread_and_many_are_not(tmp_path, monkeypatch):
-    threads, copy_all = [], Door._copy_all
-
-    def noted(self, *args):
-        threads.append(threading.current_thread())
-        return copy_all(self, *args)
-
-    monkeypatch.setattr(Door, "_copy_all", noted)
+async def test_few_blocks_are_read_for_the_first_time_without_waking_a_thread_and_many_are_not(tmp_path, monkeypatch, threads):
     monkeypatch.setattr(line, "SOON_MS", 1000)  # the node's answer comes within it, however busy the machine
-    async with apart(tmp_path) as (_, client, hits, _):
+    async with apart(tmp_path) as (_, client, *_):
         for number, (count, is_device) in enumerate(((AT_ONCE_BLOCKS, False), (AT_ONCE_BLOCKS + 1, False), (COUNT, True)), 1):
             blocks = chain(count, 2000, number=10_000 * number)
             hits = await stored(client, blocks)
