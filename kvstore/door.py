@@ -9,9 +9,12 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
     client                          node
     HELLO  token                    WELCOME  bytes u64 of the memory that is shared, 0 for none; else with its descriptor: the arena and
                                     its marks, or the marks alone, with the name of the GPU's memory that the arena is
+                                    LISTED after a WELCOME with the arena: bytes u64 of its catalogue
+                                    (`kvstore.arena.catalogue`), with its descriptor
     PLAN   tokens u32 | keys        PLANNED  number u32 | for each key: status u8 | header u16 | runs u32 | mark u64 | state u64
                                     | header | RUNs
     DONE   number u32               none
+    USED   tokens u32 | keys        none: these were copied by what the catalogue says
     GET    tokens u32 | keys        BLOCK    status u8 | header; then the payload; then INTACT or LOST; a message for each key
     SECTION  section u8 | tokens u32 | keys  as GET, of each block the header and this section alone, from 0 on: see `kvstore.block`
     PUT    tokens u32 | header; then the payload
@@ -24,7 +27,8 @@ Every message is ``body bytes u32 | kind u8 | body``, little-endian::
                                     OFFER are there, too
 
 A RUN is ``offset u64 | bytes u64`` in the arena. What is copied from it is the block's if the 8 bytes at ``mark`` still are ``state`` after
-the copy; DONE ends the lease under which that is to be expected. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``,
+the copy; DONE ends the lease under which that is to be expected. Few bytes are copied without one, by what the catalogue says, and USED
+says so afterwards. An OFFER is ``tokens u32 | offset u64 | bytes u64 | header bytes u16``,
 of which the last may be the beginning of a block, and the first, without a header, what follows the beginning in the OFFER before.
 A refused HELLO, and any message that is none of these, ends the connection.
 """
@@ -72,6 +76,8 @@ class Kind(IntEnum):
     FILLED = 14
     SECTION = 15
     PART = 16
+    LISTED = 17
+    USED = 18
 
 
 def message(kind: Kind, *parts: bytes) -> bytes:

@@ -17,6 +17,7 @@ import numpy as np
 from crc32c import crc32c
 
 from kvstore import door
+from kvstore.arena.catalogue import Catalogue
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.door import Kind
 from kvstore.errors import CorruptBlockError, TransportError
@@ -37,14 +38,17 @@ MAX_BATCH_KEYS = 512
 AT_ONCE_BYTES = 6 << 20
 #: Blocks whose headers are looked at there, and which the connection takes without waiting for the node.
 AT_ONCE_BLOCKS = 128
+#: Reads by the catalogue that the node has not been told of; older ones are forgotten.
+MAX_UNTOLD = 64
 #: Batches asked for at first: the node plans the next one while one is copied.
 AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
 _PEER = struct.Struct("3i")
 
-#: Looks at a header before memory is set aside; False ends the reading.
-Accept = Callable[[int, BlockHeader], bool]
+#: Looks at headers, those of block `number` and of the next ones, before memory is set aside: how many leading ones may be read. What is
+#: not accepted ends the reading. Raises CorruptBlockError where the first is not the block that was asked for.
+Accept = Callable[[int, Sequence[BlockHeader]], int]
 #: Takes verified blocks, by number.
 Take = Callable[[list[tuple[int, EncodedBlock]]], None]
 
@@ -66,7 +70,28 @@ class Door(Line):
         self._stage: Stage | None = None
         self._asked = False
         self._batches: list[tuple[int, int]] = []  # of what was asked for
-        self._guessed: tuple[Plan, Copied] | None = None
+        self._untold: list[bytes] = []
+
+    def find(self, keys: Sequence[bytes], tokens: int, buffers: Buffers) -> list[EncodedBlock]:
+        """Copy whole blocks by the node's catalogue, without asking it: all of them, or none."""
+        try:
+            plan = self.arena.planned(keys) if self.arena is not None else None
+            blocks = plan.copy(self.arena, buffers).sound(len(keys), "")[0] if plan is not None else []
+        except CorruptBlockError:  # a row that is half written says anything
+            return []
+        if len(blocks) < len(keys):
+            return []
+        self.arena.remember(keys, plan)
+        self._untold = [*self._untold[1 - MAX_UNTOLD :], door.message(Kind.USED, door.NUMBER.pack(tokens), *keys)]
+        return blocks
+
+    def tell(self) -> None:
+        """Tell the node what was read without asking it, while nothing else uses the connection.
+
+        Nothing is waited for: a node that does not listen now is told after a later read, and knows a little less for its policy.
+        """
+        while self._untold and self.open and self.send_now(self._untold[0]):
+            del self._untold[0]
 
     def ask(self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, timeout_s: float, section: int | None = None) -> None:
         """Send what the next call of `read`, which is to have the same arguments, begins with."""
@@ -81,15 +106,9 @@ class Door(Line):
             self.send([self._plan(keys, said, batch) for batch in self._batches[:AHEAD]])
         self._asked = True
 
-    def guess(self, keys: Sequence[bytes], sizes: Sequence[int], buffers: Buffers) -> bool:
-        """After `ask` for whole blocks: copy them as they lay the last time, if that takes little time.
-
-        True where `read` has little to do, once the node has answered.
-        """
-        if self.arena is None or self.arena.is_device or sum(sizes) > AT_ONCE_BYTES:
-            return False
-        self._guessed = self._guess(keys, buffers)
-        return self._guessed is not None or len(keys) <= AT_ONCE_BLOCKS
+    def is_little(self, sizes: Sequence[int]) -> bool:
+        """Whether `read` has little to do for whole blocks, once the node has answered."""
+        return self.arena is not None and not self.arena.is_device and len(sizes) <= AT_ONCE_BLOCKS and sum(sizes) <= AT_ONCE_BYTES
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
@@ -192,15 +211,15 @@ class Door(Line):
 
         They are copied as they lay the last time while the node answers; if it says otherwise, once more.
         """
-        (plan, copied), self._guessed = self._guessed or self._guess(keys, buffers) or (None, None), None
+        plan, copied = self._guess(keys, buffers) or (None, None)
         answer = self.receive(Kind.PLANNED)
         said = bytes(answer[door.NUMBER.size :])
         if plan is None or plan.said != said:
             plan, copied = Plan(said, len(keys), self.arena), None
         count, damage = 0, ""
         try:
-            while count < len(plan.headers) and accept(first + count, plan.headers[count]):
-                count += 1
+            while accepted := accept(first + count, plan.headers[count:]):
+                count += accepted
             if count == len(plan.headers):
                 damage = plan.damage
         except CorruptBlockError as error:
@@ -234,7 +253,7 @@ class Door(Line):
         answer = self.receive(Kind.BLOCK)
         if answer and answer[0] == OK:
             header = BlockHeader.from_bytes(answer[1:])
-            if block is None and accept(number, header):
+            if block is None and accept(number, [header]):
                 block = EncodedBlock(header, (memory.take(header.payload_bytes)[0],))
             if block is not None and header == block.header:  # else another took its place
                 (part,), mark = block.payload if section is None else block.section(section), memoryview(bytearray(1))
@@ -302,17 +321,26 @@ def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Doo
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(door.message(Kind.HELLO, token.encode()))
         size_bytes, descriptor, remote = receive_memory(peer, Kind.WELCOME)
+        arena = None
+        if descriptor is not None:
+            mapped = map_memory(descriptor, size_bytes, writable=False)
+            arena = _of_gpu(mapped, remote) if remote else SharedMemory(mapped, _listed(peer))
         peer.settimeout(None)
-        return Door(peer, None if descriptor is None else _shared(map_memory(descriptor, size_bytes, writable=False), remote))
+        return Door(peer, arena)
     except BaseException:
         peer.close()
         raise
 
 
-def _shared(mapped: np.ndarray, remote: bytes) -> SharedMemory | None:
-    """The node's memory; None where it is a GPU's that this process does not use: blocks come over the connection then."""
-    if not remote:
-        return SharedMemory(mapped)
+def _listed(peer: socket.socket) -> Catalogue:
+    size_bytes, descriptor, _ = receive_memory(peer, Kind.LISTED)
+    if descriptor is None:
+        raise TransportError("the node's memory has no catalogue")
+    return Catalogue(map_memory(descriptor, size_bytes, writable=False))
+
+
+def _of_gpu(mapped: np.ndarray, remote: bytes) -> SharedMemory | None:
+    """The node's memory; None where this process does not use that GPU: blocks come over the connection then."""
     from kvstore.arena.cuda import can_attach
 
     try:

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from kvstore.block import SECTIONS, BlockHeader, EncodedBlock
 from kvstore.clock import Clock
@@ -28,7 +30,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from .assemble import BlockReader
 from .buffers import Buffers
 from .config import ClientConfig
-from .door import MAX_BATCH_KEYS, Door
+from .door import AT_ONCE_BLOCKS, AT_ONCE_BYTES, MAX_BATCH_KEYS, Door
 from .doors import Doors
 from .lookup import Hit
 from .membership import Membership
@@ -154,23 +156,36 @@ class Fetch:
         unfinished = self.sections.unfinished() if self.sections is not None else []
         return self.blocks[: unfinished[0]] if unfinished else self.blocks
 
-    def check(self, position: int, header: BlockHeader) -> bool:
-        """Whether a block with this header may be used, and there is room for it. May be called from any thread.
+    def check(self, positions: Sequence[int], headers: Sequence[BlockHeader]) -> int:
+        """How many leading blocks with these headers may be used, and there is room for. May be called from any thread.
 
         Raises
         ------
         CorruptBlockError
-            If it is not the block that was asked for.
+            If the first is not the block that was asked for.
         """
+        with self._claiming:
+            for number, (position, header) in enumerate(zip(positions, headers, strict=False)):
+                try:
+                    size = self._size_of(position, header)
+                except CorruptBlockError:
+                    if number:
+                        return number
+                    raise
+                if self._claimed_bytes + size > self.config.fetch_bytes or not self._is_exact(header):
+                    return number
+                self._claimed_bytes += size
+        return min(len(positions), len(headers))
+
+    def _size_of(self, position: int, header: BlockHeader) -> int:
         if header.key != self.hits[position].key or header.namespace != self.demand.namespace:
             raise CorruptBlockError("the node sent another block than the one asked for")
         size = header.total_bytes
         if size > self.config.max_block_bytes:
             raise CorruptBlockError(f"a block of {size} bytes is above max_block_bytes = {self.config.max_block_bytes}")
-        with self._claiming:
-            self._claimed_bytes += size
-            if self._claimed_bytes > self.config.fetch_bytes:
-                return False
+        return size
+
+    def _is_exact(self, header: BlockHeader) -> bool:
         bound = self.demand.max_distortion
         if bound <= 0:
             return True
@@ -217,6 +232,8 @@ class Fetcher:
         plan = whole = self._plan(hits)
         if sections is not None:
             whole = [(node, positions if self._is_here(node) else job.whole_ones(positions)) for node, positions in plan]
+        if len(hits) <= AT_ONCE_BLOCKS and sum(hit.size_bytes for hit in hits) <= AT_ONCE_BYTES:
+            whole = [(node, positions) for node, positions in whole if not self._find(job, node, positions)]
         streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in whole if positions]
         if sections is not None:
             streams.append(asyncio.create_task(self._by_sections(job, plan, list(streams), deadline_s)))
@@ -258,6 +275,24 @@ class Fetcher:
         """Whether blocks of a node are copied out of memory that it shares."""
         return self._doors is not None and self._doors.to(node) == "local"
 
+    def _find(self, job: Fetch, node: NodeRecord, positions: Sequence[int]) -> bool:
+        """Read blocks of a node on this host without asking it; False where not all are there."""
+        if self._doors is None or not positions:
+            return False
+        blocks = self._doors.find(node, [job.hits[p].key for p in positions], job.demand.input_tokens, self._buffers)
+        if not blocks:
+            return False
+        try:
+            accepted = job.check(positions, [block.header for block in blocks])
+        except CorruptBlockError:
+            return False
+        if accepted < len(positions):
+            job.miss(positions[accepted])
+        job.arrived(list(zip(positions, blocks[:accepted], strict=False)))
+        job.count(sum(block.header.total_bytes for block in blocks[:accepted]))
+        self._metrics.fetched_blocks.labels("local").inc(accepted)
+        return True
+
     async def _by_sections(
         self, job: Fetch, plan: list[tuple[NodeRecord, list[int]]], whole: list[asyncio.Task[None]], deadline_s: float
     ) -> None:
@@ -282,16 +317,21 @@ class Fetcher:
         self, job: Fetch, node: NodeRecord, positions: list[int], deadline_s: float, way: str, section: int | None
     ) -> int:
         """How many of the leading blocks came through the door."""
-        loop, done, came = asyncio.get_running_loop(), 0, self._metrics.fetched_blocks.labels(way)
+        loop, home, done, came = asyncio.get_running_loop(), threading.get_ident(), 0, self._metrics.fetched_blocks.labels(way)
         begun = job.begun(section)
         unfinished = [begun.get(p) for p in positions] if section else ()
 
-        def accept(number: int, header: BlockHeader) -> bool:
-            if not job.wanted(positions[number]):
-                return False
-            accepted = job.check(positions[number], header)
-            if not accepted:
-                loop.call_soon_threadsafe(job.miss, positions[number])
+        def tell(what: Callable[..., None], *of: Any) -> None:
+            if threading.get_ident() == home:
+                what(*of)
+            else:
+                loop.call_soon_threadsafe(what, *of)
+
+        def accept(number: int, headers: Sequence[BlockHeader]) -> int:
+            wanted = [p for p in positions[number : number + len(headers)] if job.wanted(p)]
+            accepted = job.check(wanted, headers)
+            if not accepted and wanted:
+                tell(job.miss, wanted[0])
             return accepted
 
         def take(blocks: Sequence[tuple[int, EncodedBlock]]) -> None:
@@ -301,7 +341,7 @@ class Fetcher:
                 came.inc(len(blocks))
                 job.count(sum(block.header.total_bytes for _, block in blocks))
             there = [(positions[number], block) for number, block in blocks]
-            loop.call_soon_threadsafe(job.arrived, there if section is None else job.placed(there, section))
+            tell(job.arrived, there if section is None else job.placed(there, section))
 
         keys, sizes = [job.hits[p].key for p in positions], [job.hits[p].size_bytes for p in positions]
         tokens, timeout_s = job.demand.input_tokens, deadline_s + GRACE_S
@@ -310,7 +350,7 @@ class Fetcher:
             if len(keys) > MAX_BATCH_KEYS:  # fewer the connection takes without waiting for the node
                 return False
             door.ask(keys, sizes, tokens, timeout_s, section)
-            return section is None and door.guess(keys, sizes, self._buffers)
+            return section is None and door.is_little(sizes)
 
         def read(door: Door) -> int:
             return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s, section, unfinished)
@@ -336,7 +376,8 @@ class Fetcher:
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return
-                    block = await reader.read(number, lambda header, at=position: job.check(at, header), section, begun.get(position))
+                    fits = partial(_fits, job, position)
+                    block = await reader.read(number, fits, section, begun.get(position))
                     if block is None:
                         break
                     there = [(position, block)]
@@ -357,3 +398,7 @@ class Fetcher:
         finally:
             job.miss(position)
             job.count(reader.bytes_read if reader else 0)
+
+
+def _fits(job: Fetch, position: int, header: BlockHeader) -> bool:
+    return job.check([position], [header]) == 1

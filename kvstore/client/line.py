@@ -93,6 +93,18 @@ class Line:
             if sent:
                 views[0] = views[0][sent:]
 
+    def send_now(self, message: bytes) -> bool:
+        """Send a message, if nothing has to be waited for; else False. The connection is closed where it failed or part of it was sent."""
+        try:
+            sent = self._peer.send(message, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            sent = 0
+        if sent < len(message):
+            self.close()
+        return sent == len(message)
+
     def receive_memory(self, wanted: Kind) -> tuple[int, int | None, bytes]:
         """See `receive_memory`; to be called while nothing else is due, since a descriptor comes with its own message alone."""
         self._patience(socket.SO_RCVTIMEO)

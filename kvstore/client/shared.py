@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvstore.arena import MARK_BYTES
+from kvstore.arena.catalogue import Catalogue
 from kvstore.checked_copy import GO_ON, Copies, address_of, copy_rows, prepare
 from kvstore.errors import CorruptBlockError, TransportError
 
@@ -30,6 +31,8 @@ class SharedMemory:
     ----------
     mapped : uint8 [bytes]
         What the node shares of its host memory: marks, and before them the pages, unless those are a GPU's.
+    catalogue : Catalogue, optional
+        Of the blocks there.
 
     Attributes
     ----------
@@ -39,7 +42,8 @@ class SharedMemory:
 
     is_device: ClassVar[bool] = False
 
-    def __init__(self, mapped: np.ndarray) -> None:
+    def __init__(self, mapped: np.ndarray, catalogue: Catalogue | None = None) -> None:
+        self.catalogue = catalogue
         self._marks = mapped[: len(mapped) // MARK_BYTES * MARK_BYTES].view(np.uint64)
         self.size_bytes = len(mapped)
         #: Where pages begin, for `copy`.
@@ -53,6 +57,16 @@ class SharedMemory:
         """Where these blocks were when they were last read together, if they still are there."""
         plan = self._plans.get((keys[-1], len(keys)))  # the last key stands for those before it, or else the guess is a wrong one
         return plan if plan is not None and self.sound(plan.marks) == len(plan.marks) else None
+
+    def planned(self, keys: Sequence[bytes]) -> Plan | None:
+        """Where these blocks are, or were a moment ago, by the node's catalogue; None unless it has all."""
+        said = self.catalogue.find(keys) if self.catalogue is not None else None
+        if said is None:
+            return None
+        plan = self._plans.get((keys[-1], len(keys)))
+        if plan is None or plan.said != said:
+            plan = Plan(said, len(keys), self)
+        return plan if [header.key for header in plan.headers] == list(keys) else None
 
     def remember(self, keys: Sequence[bytes], plan: Plan) -> None:
         """These blocks were read, all of them, as `plan` says."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kvstore import door
 from kvstore.arena import MARK_BYTES
+from kvstore.arena.catalogue import Catalogue, create_catalogue
 from kvstore.block import SECTIONS, Buffer
 from kvstore.credentials import Caller
 from kvstore.door import Kind
@@ -57,6 +58,7 @@ class DoorServer:
         arena = service.arena
         reachable = arena.device == "cpu" or arena.remote is not None
         self._shared = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDONLY) if reachable else -1
+        self._listed, self._catalogue = create_catalogue(arena.size_bytes) if arena.device == "cpu" else (-1, None)
 
     async def start(self, config: NodeConfig) -> str:
         """Open the door, on TCP too unless gRPC is under TLS. Returns ``host:port`` of that side for others, empty without one.
@@ -84,9 +86,10 @@ class DoorServer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._shared >= 0:
-            os.close(self._shared)
-            self._shared = -1
+        for descriptor in (self._shared, self._listed):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._shared = self._listed = -1
 
     def relax(self) -> None:
         """Nothing has happened for a while: give back memory that guests made necessary and that can be had again."""
@@ -140,7 +143,7 @@ class DoorServer:
                     token = bytes(body).decode("latin-1")
                     caller = self._service.credentials.caller([("authorization", f"Bearer {token}")] if token else [])
                     await self._welcome(peer, caller)
-                guest = Guest(self._service, peer, inbox, caller, self._stages)
+                guest = Guest(self._service, peer, inbox, caller, self._stages, self._catalogue)
                 self._guests.add(guest)
                 while True:
                     async with asyncio.timeout_at(guest.write_ends):
@@ -161,6 +164,9 @@ class DoorServer:
         answer = door.message(Kind.WELCOME, door.ARENA.pack(arena.shared_bytes if shared else 0), remote)
         if shared:
             socket.send_fds(peer, [answer], [self._shared])
+            if self._catalogue is not None:
+                size_bytes = os.fstat(self._listed).st_size
+                socket.send_fds(peer, [door.message(Kind.LISTED, door.ARENA.pack(size_bytes))], [self._listed])
         else:
             await asyncio.get_running_loop().sock_sendall(peer, answer)
 
@@ -168,8 +174,11 @@ class DoorServer:
 class Guest:
     """One connection that has been let in. `write_ends` is when what it writes must have ended; None while it writes nothing."""
 
-    def __init__(self, service: Service, peer: socket.socket, inbox: Inbox, caller: Caller, stages: Stages) -> None:
+    def __init__(
+        self, service: Service, peer: socket.socket, inbox: Inbox, caller: Caller, stages: Stages, catalogue: Catalogue | None
+    ) -> None:
         self._service = service
+        self._catalogue = catalogue
         self._stages = stages
         self._stage: Stage | None = None
         self._offered: list[Piece] | None = None  # of which the payloads are on their way
@@ -189,6 +198,8 @@ class Guest:
             await self._plan(body)
         elif kind is Kind.DONE:
             self._service.engine.holds.release(self._plans.pop(*door.NUMBER.unpack(body), 0))
+        elif kind is Kind.USED:
+            self._service.engine.used(*self._look(body))
         elif kind is Kind.GET:
             await self._get(body)
         elif kind is Kind.SECTION and len(body) and body[0] < SECTIONS:
@@ -263,6 +274,8 @@ class Guest:
             mark = arena.marks_at + entry.first_page * MARK_BYTES
             described = b"".join((door.PLANNED.pack(Status.OK, len(header), len(runs), mark, entry.generation), header, *runs))
             entry.description = entry.generation, described
+            if self._catalogue is not None and not entry.owner:  # else its key means another block to each tenant
+                self._catalogue.note(entry.key, described)
         return described
 
     async def _get(self, body: memoryview, section: int | None = None) -> None:
@@ -378,3 +391,4 @@ class Guest:
             return
         async with asyncio.timeout(PIECE_S):
             await asyncio.get_running_loop().sock_sendall(self._peer, data)
+

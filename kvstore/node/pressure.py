@@ -73,7 +73,7 @@ class ClusterOrder:
         if self._report is None or now - since >= REPORT_S or requests - until >= REPORT_REQUESTS:
             self._reported = now, requests
             engine = self._engine
-            self._readers += _READERS_WEIGHT * (len(engine.holds.leases) - self._readers)  # every read is under a lease, whatever its way
+            self._readers += _READERS_WEIGHT * (len(engine.holds.leases) - self._readers)  # what it serves is under a lease
             self._report = Pressure.of(engine.free_bytes, engine.arena_bytes, *engine.policy.census(now))
         return self._report
 

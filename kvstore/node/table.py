@@ -101,7 +101,8 @@ class Entry:
     holds : int
         Leases and pins on it; while there are any it is neither dropped, demoted nor replaced.
     description : tuple of (int, bytes)
-        What the door says of it, header and places, and the generation of which that is true: made at the first read.
+        What the door says of it, header and places, and the generation of which that is true: made once the door has taken it, or by
+        the first read.
     """
 
     header: BlockHeader

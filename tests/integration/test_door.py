@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -116,9 +117,10 @@ async def test_a_damaged_block_is_never_handed_on(paths):
         assert client.metrics.corrupt_blocks.labels("fetch")._value.get() == 1
 
 
-async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
-    """The lease is over before the copy is."""
-    blocks = chain(1, 3 * MIB)
+@pytest.mark.parametrize("size", [3 * MIB, 7 * MIB], ids=["found", "asked for"])
+async def test_a_block_that_goes_while_it_is_copied_is_a_miss(size, monkeypatch):
+    """There is no lease, or it is over before the copy is."""
+    blocks = chain(1, size)
     async with store("local") as (node, client):
         hits, loop, sound = await stored(client, blocks), asyncio.get_running_loop(), SharedMemory.sound
 
@@ -127,7 +129,11 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(monkeypatch):
             node.engine.evict([blocks[0].header.key])
 
         def late(self, marks):
-            asyncio.run_coroutine_threadsafe(evict(), loop).result(5)
+            if threading.current_thread() is threading.main_thread():
+                with pytest.raises(StopIteration):
+                    evict().send(None)
+            else:
+                asyncio.run_coroutine_threadsafe(evict(), loop).result(5)
             return sound(self, marks)
 
         monkeypatch.setattr(SharedMemory, "sound", late)

@@ -55,9 +55,10 @@ async def test_what_lies_where_it_lay_is_copied_once(copied):
         assert len(copied) == 3 and len(set(copied)) == 1
         assert came_by(client) == {"local": 3 * COUNT}
         assert same(await fetch(client, hits[:5]), blocks[:5])
+        await asyncio.sleep(0.3)
         uses = node.engine.table.get(blocks[0].header.key).last_use
-        await asyncio.sleep(0.01)
         await fetch(client, hits)
+        await asyncio.sleep(0.3)
         assert node.engine.table.get(blocks[0].header.key).last_use > uses  # the node hears of each use
         await asyncio.sleep(0.3)
         assert not len(node.engine.holds.leases)
@@ -89,7 +90,13 @@ async def test_blocks_that_lie_elsewhere_now_are_found_there(copied):
         assert len(copied) == 2  # never where they were: their marks are not theirs any more
 
 
-async def test_what_was_guessed_wrong_is_copied_once_more(copied, monkeypatch):
+@pytest.fixture
+def asking(monkeypatch):
+    """As if the catalogue of no node had all that is wanted."""
+    monkeypatch.setattr(SharedMemory, "planned", lambda self, keys: None)
+
+
+async def test_what_was_guessed_wrong_is_copied_once_more(asking, copied, monkeypatch):
     """As when blocks move between the guess and the node's answer."""
     monkeypatch.setattr(SharedMemory, "guess", lambda self, keys: self._plans.get((keys[-1], len(keys))))
     blocks, others = chain(COUNT, SIZE), chain(COUNT, SIZE, number=5000)
@@ -177,7 +184,7 @@ def threads(monkeypatch):
     return threads
 
 
-async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch, threads):
+async def test_little_is_copied_without_waking_a_thread(asking, tmp_path, monkeypatch, threads):
     copy = Plan.copy
 
     def slow(self, *args):
@@ -196,7 +203,7 @@ async def test_little_is_copied_without_waking_a_thread(tmp_path, monkeypatch, t
         assert came_by(client) == {"local": 3 * COUNT + 2 * 7}
 
 
-async def test_few_blocks_are_read_for_the_first_time_without_waking_a_thread_and_many_are_not(tmp_path, monkeypatch, threads):
+async def test_few_blocks_are_read_for_the_first_time_without_waking_a_thread_and_many_are_not(asking, tmp_path, monkeypatch, threads):
     monkeypatch.setattr(line, "SOON_MS", 1000)  # the node's answer comes within it, however busy the machine
     async with apart(tmp_path) as (_, client, *_):
         for number, (count, is_device) in enumerate(((AT_ONCE_BLOCKS, False), (AT_ONCE_BLOCKS + 1, False), (COUNT, True)), 1):
@@ -234,7 +241,7 @@ async def without_a_pause(asked):
     return asked.result()
 
 
-async def test_a_node_that_does_not_answer_holds_nobody_up(tmp_path):
+async def test_a_node_that_does_not_answer_holds_nobody_up(asking, tmp_path):
     async with apart(tmp_path) as (node, client, hits, blocks):
         node.process.send_signal(signal.SIGSTOP)
         assert not (await without_a_pause(asyncio.create_task(fetch(client, hits, deadline_s=1.0)))).blocks

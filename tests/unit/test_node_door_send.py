@@ -23,7 +23,7 @@ async def test_what_the_kernel_does_not_take_at_once_is_what_was_there(monkeypat
     with mine, others:
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
         mine.setblocking(False)
-        guest, wanted = Guest(None, mine, None, None, None), b""
+        guest, wanted = Guest(None, mine, None, None, None, None), b""
         arena = bytearray(200_000)
         reading = None
         for number in range(40):
@@ -45,7 +45,7 @@ async def test_pieces_go_together_and_in_order(monkeypatch):
     mine, others = socket.socketpair()
     with mine, others:
         mine.setblocking(False)
-        guest = Guest(None, mine, None, None, None)
+        guest = Guest(None, mine, None, None, None, None)
         for number in range(20):
             await guest._send_later(bytes([number]))
         others.setblocking(False)
