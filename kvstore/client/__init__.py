@@ -3,8 +3,8 @@
 from .admin import Admin
 from .client import KvClient
 from .config import ClientConfig
-from .fetch import Fetched
 from .lookup import Hit
+from .prefix import Fetched
 from .sections import Sections
 from .transport import GrpcTransport, Transport
 

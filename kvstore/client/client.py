@@ -16,9 +16,10 @@ from .claims import Claims
 from .config import ClientConfig
 from .copies import HotCopies
 from .doors import Doors
-from .fetch import Demand, Fetched, Fetcher, OnBlock
+from .fetch import Fetcher
 from .lookup import Hit, Lookup
 from .membership import Membership
+from .prefix import Demand, Fetched, OnBlock
 from .publish import Publisher
 from .sections import Sections
 from .security import Security

@@ -10,7 +10,7 @@ import pytest
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.client.assemble import Assembly
 from kvstore.client.client import KvClient
-from kvstore.client.fetch import Fetch
+from kvstore.client.prefix import Fetch
 from kvstore.errors import CorruptBlockError
 from kvstore.metadata import InprocMetadata
 from kvstore.node.copier import BlockWriter
