@@ -23,6 +23,8 @@ BATCHES = (1, 4, 8, 16)
 PROMPT_TOKENS = 64
 #: Tokens of the prompt whose prefill is timed.
 LONG_PROMPT = 2048
+#: So many of them a round: each takes seconds, in which the machine may be slower by a tenth than in the next ones.
+LONG_PROMPTS = 3
 #: Calls of one protocol before it is the other's turn: a server is as warm as it is among requests of its own kind.
 CALLS_IN_TURN = 10
 SHORT_PROMPT = "The tide was low"
@@ -82,10 +84,14 @@ async def _in_process(
                 prompts = text_prompts(engine, [PROMPT_TOKENS] * batch, skip=(number + 1) * PROMPT_TOKENS * max(batches))
                 _note(kept, f"engine.{batch}", _of_answers(await ask_together(engine, prompts, new), new))
                 _note(kept, f"plain.{batch}", plain.measure(prompts, new))
-            (prompt,) = text_prompts(engine, [long], skip=(number + 1) * long)
-            (answer,) = await ask_together(engine, [prompt], 1)
-            _note(kept, "engine", {"prefill_s": answer.ttft_s})
-            _note(kept, "plain", {"prefill_s": plain.prefill(prompt)})
+        for number in range(-1, LONG_PROMPTS * rounds):
+            log(f"bench: long prompt {number + 1} of {LONG_PROMPTS * rounds}")
+            fresh = (rounds + 1) * PROMPT_TOKENS * max(batches) + (number + 1) * long  # text that no prompt above was cut from
+            (prompt,) = text_prompts(engine, [long], skip=fresh)
+            kept = result.samples if number >= 0 else {}
+            for who in ("engine", "plain")[:: -1 if number % 2 else 1]:  # who is first, by turns
+                took_s = plain.prefill(prompt) if who == "plain" else (await ask_together(engine, [prompt], 1))[0].ttft_s
+                _note(kept, who, {"prefill_s": took_s})
         for number in range(-1, calls):
             began = time.perf_counter()
             answer = await ask(engine, engine.tokenize(SHORT_PROMPT), 1)
