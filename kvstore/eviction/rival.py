@@ -5,13 +5,13 @@ store has to be simulated: known blocks are counted by the time of their last us
 the count from the newest on reaches n, would have been a hit; of the request where it does so, as many as there is room for, root first.
 That costs a comparison a touched block, and agrees with a replay of `lru` to the block.
 
-The account of both is kept in blocks and never forgets a loss. What the learnt order may lose is a share of all blocks asked for, what it
-gained before, and a loan where recency misses much that could be hit; it *risks* what it lacks: blocks that recency would hold and the
-real store does not. Each of them can cost one hit at most, because chains are given up from their tails, and then it is there again. When
-the risk has reached what may be lost, recency leads: blocks that it would hold are given up last, so that the store becomes recency's own
-as its blocks come back, and the loss stays at about the bound, whatever the traffic. Most of what is lacking is never asked for while
-recency would hold it; its share is observed, and the risk is that share of it. Nodes of a cluster keep one account: each tells the others
-what it may lose and risks.
+The account of both is kept in blocks and never forgets a loss. What the learnt order may lose is a share of all blocks asked for, some of
+it in advance (more where recency misses much that could be hit), and what it gained before; it *risks* what it lacks: blocks that recency
+would hold and the real store does not. Each of them can cost one hit at most, because chains are given up from their tails, and then it
+is there again. When the risk has reached what may be lost, recency leads: blocks that it would hold are given up last, so that the store
+becomes recency's own as its blocks come back, and the loss stays at about the bound, whatever the traffic. Most of what is lacking is
+never asked for while recency would hold it; its share is observed, and the risk is that share of it. Nodes of a cluster keep one account:
+each tells the others what it may lose and risks.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from ..errors import InvalidInputError
 _ALLOWED = 0.0042
 #: Mean requests of that which are allowed from the start: what the first 240 requests bring.
 _ADVANCED = 1.0
-#: Share that is lent of what recency misses though it was asked for before, up to what it hits: there is more to win than to lose.
-#: Below this share of all that was asked for before, there is not.
-_LENT, _LENT_FROM = 0.2, 0.25
+#: Share that is advanced, too, of what recency misses though it was asked for before, up to what it hits: there is more to win than to
+#: lose. Below the second share, of all that was asked for before, there is not. No more than so many mean requests: all advances are
+#: paid back by what the first 1,430 requests bring.
+_LENT, _LENT_FROM, _LENT_REQUESTS = 0.2, 0.25, 5.0
 #: A gain counts up to so many times what there is room for: all of that is at risk at most, and better times do not count for ever.
 _SAVED_ROOMS = 4
 #: What leads goes on leading until the risk is down to this share of what may be lost.
@@ -170,7 +171,8 @@ class Rival:
         wary = _WARY_REQUESTS * request
         self._risk = lacking * (self._returned + wary) / max(self._returned + self._expired + wary, 1.0)
         chances = min(self._known - self._recency_hits, self._recency_hits) - _LENT_FROM * self._known
-        self._allowed = self._ahead + max(_ADVANCED * request - _ALLOWED * self._asked, 0.0) + _LENT * max(chances, 0.0)
+        advanced = _ADVANCED * request + min(_LENT * max(chances, 0.0), _LENT_REQUESTS * request)
+        self._allowed = self._ahead + max(advanced - _ALLOWED * self._asked, 0.0)
         allowed, risk = self._others
         led = self.leads
         self.leads = self._risk + risk > (self._allowed + allowed) * (_CALM if led else 1.0)
