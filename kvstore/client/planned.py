@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,12 +61,12 @@ class Plan:
 
     def _columns(self, memory: SharedMemory, count: int) -> tuple[np.ndarray, ...]:
         """Read the entries in one pass: of a damaged one, and of what is behind it, nothing is kept."""
-        said, at = self.said, 0
-        rows, buffers, ends, crcs, marks = array("Q"), array("q"), array("q"), array("Q"), array("Q")
+        said, at, headers, entry, room = self.said, 0, self.headers, door.PLANNED, self._room
+        rows, buffers, ends, crcs, marks = [], [], [], [], []  # flat
         try:
-            while len(self.headers) < count:
-                status, header_bytes, runs, mark, state = door.PLANNED.unpack_from(said, at)
-                header_at = at + door.PLANNED.size
+            while len(headers) < count:
+                status, header_bytes, runs, mark, state = entry.unpack_from(said, at)
+                header_at = at + entry.size
                 runs_at = header_at + header_bytes
                 at = runs_at + runs * door.RUN.size
                 if at > len(said):
@@ -76,23 +75,23 @@ class Plan:
                     break
                 header = _parse_header(said[header_at:runs_at])
                 pieces, layers = _pieces_of(header, said[runs_at:at], memory)
-                number, start = self._room(header.payload_bytes)
+                number, start = place = room(header.payload_bytes)
                 for layer, end in layers:
-                    self._layers.append((len(self.headers), layer))
+                    self._layers.append((len(headers), layer))
                     ends.append(len(buffers) + end)
                     crcs.append(header.rows[layer - 1].crc32c)
                 for within, address, size, before in pieces:
-                    rows.extend((start + within, address, size, before))
+                    rows += (start + within, address, size, before)
                     buffers.append(number)
-                marks.append(mark)
-                marks.append(state)
-                self._places.append((number, start))
-                self.headers.append(header)
+                marks += (mark, state)
+                self._places.append(place)
+                headers.append(header)
         except struct.error:
             self.damage = CUT_SHORT
         except CorruptBlockError as error:
             self.damage = str(error)
-        return np.array(rows).reshape(-1, 4), np.array(buffers), np.array(ends), np.array(crcs), np.array(marks).reshape(-1, 2)
+        flat = [np.array(column, np.uint64) for column in (rows, buffers, ends, crcs, marks)]
+        return flat[0].reshape(-1, 4), *flat[1:4], flat[4].reshape(-1, 2)
 
     def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
         """Copy them out of `memory`. What came out is to be looked at (`Copied.sound`)."""
