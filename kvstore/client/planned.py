@@ -93,6 +93,11 @@ class Plan:
         flat = [np.array(column, np.uint64) for column in (rows, buffers, ends, crcs, marks)]
         return flat[0].reshape(-1, 4), *flat[1:4], flat[4].reshape(-1, 2)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the memory that `copy` takes."""
+        return sum(self._sizes)
+
     def copy(self, memory: SharedMemory, buffers: Buffers) -> Copied:
         """Copy them out of `memory`. What came out is to be looked at (`Copied.sound`)."""
         views = [buffers.take(size) for size in self._sizes]

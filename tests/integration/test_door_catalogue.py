@@ -54,6 +54,14 @@ async def test_much_is_asked_for(asked, count, size):
         assert sum(asked) == count
 
 
+async def test_what_is_larger_than_the_index_said_is_asked_for(asked):
+    blocks = chain(2, AT_ONCE_BYTES)
+    async with store("local") as (_, client):
+        hits = [hit._replace(size_bytes=1000) for hit in await stored(client, blocks)]
+        assert same(await fetch(client, hits), blocks)
+        assert asked == [2]
+
+
 async def test_a_node_that_does_not_answer_is_still_read(tmp_path):
     async with apart(tmp_path) as (node, client, hits, blocks):
         node.process.send_signal(signal.SIGSTOP)
