@@ -189,7 +189,8 @@ async def test_a_node_killed_in_the_middle_of_a_get_leaves_a_whole_prefix(valkey
 
 
 async def test_a_node_that_stands_still_costs_its_deadline_once(valkey):
-    async with node_process(valkey.url, 32 * MIB) as process, cluster(valkey.url, nodes=0) as (client, _):
+    """Where it has to be asked: not for a few blocks in memory that it shares."""
+    async with node_process(valkey.url, 32 * MIB) as process, cluster(valkey.url, nodes=0, paths="tcp") as (client, _):
         keys = await stored(client, chain(4, 10_000))
         hits = await client.lookup(keys)
         process.send_signal(signal.SIGSTOP)
