@@ -108,9 +108,9 @@ class Door(Line):
             self.send([self._plan(keys, said, batch) for batch in self._batches[:AHEAD]])
         self._asked = True
 
-    def is_little(self, sizes: Sequence[int]) -> bool:
+    def reads_at_once(self, sizes: Sequence[int]) -> bool:
         """Whether `read` has little to do for whole blocks, once the node has answered."""
-        return self.arena is not None and not self.arena.is_device and len(sizes) <= AT_ONCE_BLOCKS and sum(sizes) <= AT_ONCE_BYTES
+        return self.arena is not None and not self.arena.is_device and is_little(sizes)
 
     def read(
         self, keys: Sequence[bytes], sizes: Sequence[int], tokens: int, accept: Accept, take: Take, buffers: Buffers, timeout_s: float,
@@ -151,9 +151,7 @@ class Door(Line):
 
         True where that is all, so that `write` only waits for the node.
         """
-        if self._stage is None or not self._stage.open or len(blocks) > AT_ONCE_BLOCKS:
-            return False
-        if sum(block.header.payload_bytes for block, _ in blocks) > AT_ONCE_BYTES:
+        if self._stage is None or not self._stage.open or not is_little([block.header.payload_bytes for block, _ in blocks]):
             return False
         self.deadline = time.monotonic() + timeout_s
         return self._stage.begin(self, blocks)
@@ -299,6 +297,11 @@ class _Taken:
         if self._blocks:
             self._take(self._blocks)
         self._blocks, self._size = [], 0
+
+
+def is_little(sizes: Sequence[int]) -> bool:
+    """Whether blocks of these sizes are so few and small that the caller's own thread copies them."""
+    return len(sizes) <= AT_ONCE_BLOCKS and sum(sizes) <= AT_ONCE_BYTES
 
 
 def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Door:

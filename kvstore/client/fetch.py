@@ -15,7 +15,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from kvstore.block import SECTIONS, BlockHeader, EncodedBlock
@@ -28,7 +27,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from .assemble import BlockReader
 from .buffers import Buffers
 from .config import ClientConfig
-from .door import AT_ONCE_BLOCKS, AT_ONCE_BYTES, MAX_BATCH_KEYS, Door
+from .door import MAX_BATCH_KEYS, Door, is_little
 from .doors import Doors
 from .lookup import Hit
 from .membership import Membership
@@ -85,7 +84,7 @@ class Fetcher:
         plan = whole = self._plan(hits)
         if sections is not None:
             whole = [(node, positions if self._is_here(node) else job.whole_ones(positions)) for node, positions in plan]
-        if len(hits) <= AT_ONCE_BLOCKS and sum(hit.size_bytes for hit in hits) <= AT_ONCE_BYTES:
+        if is_little([hit.size_bytes for hit in hits]):
             whole = [(node, positions) for node, positions in whole if not self._find(job, node, positions)]
         streams = [asyncio.create_task(self._stream(job, node, positions, deadline_s)) for node, positions in whole if positions]
         if sections is not None:
@@ -203,7 +202,7 @@ class Fetcher:
             if len(keys) > MAX_BATCH_KEYS:  # fewer the connection takes without waiting for the node
                 return False
             door.ask(keys, sizes, tokens, timeout_s, section)
-            return section is None and door.is_little(sizes)
+            return section is None and door.reads_at_once(sizes)
 
         def read(door: Door) -> int:
             return door.read(keys, sizes, tokens, accept, take, self._buffers, timeout_s, section, unfinished)
@@ -229,8 +228,7 @@ class Fetcher:
                 for number, position in enumerate(positions):
                     if not job.wanted(position):
                         return
-                    fits = partial(_fits, job, position)
-                    block = await reader.read(number, fits, section, begun.get(position))
+                    block = await reader.read(number, lambda one, at=position: job.check([at], [one]) == 1, section, begun.get(position))
                     if block is None:
                         break
                     there = [(position, block)]
@@ -251,7 +249,3 @@ class Fetcher:
         finally:
             job.miss(position)
             job.count(reader.bytes_read if reader else 0)
-
-
-def _fits(job: Fetch, position: int, header: BlockHeader) -> bool:
-    return job.check([position], [header]) == 1

@@ -391,4 +391,3 @@ class Guest:
             return
         async with asyncio.timeout(PIECE_S):
             await asyncio.get_running_loop().sock_sendall(self._peer, data)
-
