@@ -20,7 +20,8 @@ from kvstore.errors import ConfigError
 
 from . import cuda
 from .attention import Masks, Step, Tile, Token
-from .cpu.tokens import Batch, can_attend
+from .cpu.prompts import Prompts, can_attend_prompts
+from .cpu.tokens import Batch, can_attend_tokens
 from .live import LiveKV, LivePool
 from .presses.base import Press
 
@@ -113,7 +114,8 @@ class Runner:
                 wanted.append(row + count - 1)
         _pad(ids, positions, fixed - len(ids) if fixed else 0)
         heads = max(len(wanted), fixed // self.tile)
-        return self._forward(ids, positions, wanted, heads, Step(tiles=tuple(spans), masks=self._masks, between=between))
+        native = Prompts(spans) if can_attend_prompts(self.pool) else None
+        return self._forward(ids, positions, wanted, heads, Step(tiles=tuple(spans), native=native, masks=self._masks, between=between))
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[NextToken]) -> torch.Tensor:
@@ -132,7 +134,7 @@ class Runner:
             tokens.append(Token(row.kv, at, row.press))
         ids, positions = [row.token for row in rows], [row.position for row in rows]
         _pad(ids, positions, -len(rows) % self.shapes.quantum)
-        native = Batch([(token.kv, token.at) for token in tokens]) if can_attend(self.pool) else None
+        native = Batch([(token.kv, token.at) for token in tokens]) if can_attend_tokens(self.pool) else None
         step = Step(tokens=tuple(tokens), native=native, masks=self._masks)
         return self._forward(ids, positions, list(range(len(rows))), len(rows), step)
 

@@ -11,7 +11,7 @@ from kvstore.layout import KVLayout
 from services.engine.cpu.gated import GatedMLP, gated, use_gated_mlps
 from services.engine.cpu.norms import RowNorm, use_row_norms
 from services.engine.cpu.products import RowLinear, _Panels, join_siblings, use_row_products
-from services.engine.cpu.tokens import Batch, can_attend
+from services.engine.cpu.tokens import Batch, can_attend_tokens
 from services.engine.live import LiveKV, LivePool
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -48,12 +48,29 @@ def test_float32_weights_that_are_bfloat16_numbers_are_packed_as_such_and_change
     assert torch.equal(ours(x), full(x))
 
 
-def test_many_rows_and_none_go_to_the_library():
+def test_many_rows_and_none_go_to_a_library_that_is_faster(monkeypatch):
+    monkeypatch.setattr("services.engine.cpu.products.beats_library", lambda: False)
     linear = nn.Linear(16, 24)
     ours = RowLinear(linear, 8)
     for rows in (0, 8, 30):
         x = torch.randn(rows, 16)
         assert torch.equal(ours(x), linear(x))
+
+
+@pytest.mark.parametrize("exact", [True, False])  # whether bfloat16 holds the weights
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(1, 1, True), (77, 131, False), (256, 96, True)])
+def test_a_row_has_the_same_bits_among_many_as_among_few(monkeypatch, exact, inputs, outputs, bias):
+    monkeypatch.setattr("services.engine.cpu.products.beats_library", lambda: True)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    if exact:
+        linear.to(torch.bfloat16).float()
+    few, many = RowLinear(linear, 1000), RowLinear(linear, 8)
+    x = torch.randn(3, 131, inputs)
+    y = many(x)
+    torch.testing.assert_close(y, linear(x))
+    for rows in (8, 9, 10, 11, 393):
+        assert torch.equal(many(x.flatten(0, 1)[:rows]), y.flatten(0, 1)[:rows])
+    assert torch.equal(few(x[:, :5]), y[:, :5])
 
 
 def test_only_linear_layers_that_can_be_are_replaced():
@@ -183,5 +200,5 @@ def test_rows_of_padding_are_zero():
 
 
 def test_float16_is_left_to_torch():
-    assert can_attend(caches(KVLayout(1, 1, 8, torch.float32), [1])[0].pool)
-    assert not can_attend(caches(KVLayout(1, 1, 8, torch.float16), [1])[0].pool)
+    assert can_attend_tokens(caches(KVLayout(1, 1, 8, torch.float32), [1])[0].pool)
+    assert not can_attend_tokens(caches(KVLayout(1, 1, 8, torch.float16), [1])[0].pool)

@@ -31,21 +31,17 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), 
 _EXP = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
 #: Below it exp is taken as that of it.
 _LOWEST = np.float32(-87.0)
+#: Adding and taking away this rounds to a whole number.
+_ROUND = np.float32(1.5 * 2**23)
 
 
-@njit(**JIT)
-def _exp(x):
-    """exp(x) for x <= 0, to 2 units in the last place; free of branches, so that a loop over it becomes vector code."""
-    x = max(x, _LOWEST)
-    whole = np.floor(x * _LOG2_E + np.float32(0.5))
-    x -= whole * _LN2_HIGH
-    x -= whole * _LN2_LOW
-    y = _EXP[0]
-    y = y * x + _EXP[1]
-    y = y * x + _EXP[2]
-    y = y * x + _EXP[3]
-    y = y * x + _EXP[4]
-    y = y * x + _EXP[5]
+@njit(fastmath={"contract"}, **JIT)
+def exp(x):
+    """exp(x) for x <= 0, to 1 unit in the last place; free of branches and calls, so that a loop over it becomes vector code."""
+    x = x if x > _LOWEST else _LOWEST
+    whole = (x * _LOG2_E + _ROUND) - _ROUND
+    x = x - whole * _LN2_HIGH - whole * _LN2_LOW
+    y = ((((_EXP[0] * x + _EXP[1]) * x + _EXP[2]) * x + _EXP[3]) * x + _EXP[4]) * x + _EXP[5]
     y = y * x * x + x + np.float32(1)
     return y * float_of_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
@@ -100,7 +96,7 @@ def _softmax(weights_S):
     for s in range(len(weights_S)):
         peak = max(peak, weights_S[s])
     for s in range(len(weights_S)):
-        weights_S[s] = _exp(weights_S[s] - peak)
+        weights_S[s] = exp(weights_S[s] - peak)
         total += weights_S[s]
     return total
 
@@ -115,13 +111,13 @@ def _mix_in_tiles(weights, stride, v, groups, dim, count, out, bfloat16):
         for d in range(0, dim, _SPAN):
             values, target = v + d * size_bytes, out + d * _FLOAT
             if several and bfloat16:
-                _MIX_BF16(weights, stride, target, dim, values, dim, count, values, 0)
+                _MIX_BF16(weights, stride, 1, target, dim, values, dim, count, values, 0)
             elif several:
-                _MIX_F32(weights, stride, target, dim, values, dim, count, values, 0)
+                _MIX_F32(weights, stride, 1, target, dim, values, dim, count, values, 0)
             elif bfloat16:
-                _MIX_FOR_ONE_BF16(weights, stride, target, dim, values, dim, count, values, 0)
+                _MIX_FOR_ONE_BF16(weights, stride, 1, target, dim, values, dim, count, values, 0)
             else:
-                _MIX_FOR_ONE_F32(weights, stride, target, dim, values, dim, count, values, 0)
+                _MIX_FOR_ONE_F32(weights, stride, 1, target, dim, values, dim, count, values, 0)
         done = _QUERIES if several else 1
         g, weights, out = g + done, weights + done * stride * _FLOAT, out + done * dim * _FLOAT
 

@@ -1,4 +1,4 @@
-"""`RowLinear`: a linear layer whose rows do not influence each other, for decode steps on the CPU."""
+"""`RowLinear`: a linear layer whose rows do not influence each other, on the CPU."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
 
+import numba
 import torch
 from numba import njit, prange, types
 from torch import nn
 from torch.nn import functional
 
 from .elements import JIT
+from .many import beats_library, multiply_many
 from .tiles import PANEL, tile
 
 #: Distances in bytes.
@@ -27,9 +29,9 @@ def _four_rows(x, inputs, out, outputs, weights, size_bytes, ahead, ahead_step):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _FOUR_F32(x, inputs, target, outputs, part, PANEL, inputs, ahead, ahead_step)
+            _FOUR_F32(x, inputs, 1, target, outputs, part, PANEL, inputs, ahead, ahead_step)
         else:
-            _FOUR_BF16(x, inputs, target, outputs, part, PANEL, inputs, ahead, ahead_step)
+            _FOUR_BF16(x, inputs, 1, target, outputs, part, PANEL, inputs, ahead, ahead_step)
         ahead += inputs * ahead_step
 
 
@@ -38,17 +40,17 @@ def _two_rows(x, inputs, out, outputs, weights, size_bytes):
     for half in range(2):
         target, part = out + half * _HALF_PANEL * _FLOAT, weights + half * _HALF_PANEL * size_bytes
         if size_bytes == _FLOAT:
-            _TWO_F32(x, inputs, target, outputs, part, PANEL, inputs, part, 0)
+            _TWO_F32(x, inputs, 1, target, outputs, part, PANEL, inputs, part, 0)
         else:
-            _TWO_BF16(x, inputs, target, outputs, part, PANEL, inputs, part, 0)
+            _TWO_BF16(x, inputs, 1, target, outputs, part, PANEL, inputs, part, 0)
 
 
 @njit(**JIT)
 def _one_row(x, inputs, out, outputs, weights, size_bytes):
     if size_bytes == _FLOAT:
-        _ONE_F32(x, inputs, out, outputs, weights, PANEL, inputs, weights, 0)
+        _ONE_F32(x, inputs, 1, out, outputs, weights, PANEL, inputs, weights, 0)
     else:
-        _ONE_BF16(x, inputs, out, outputs, weights, PANEL, inputs, weights, 0)
+        _ONE_BF16(x, inputs, 1, out, outputs, weights, PANEL, inputs, weights, 0)
 
 
 @njit(parallel=True, **JIT)
@@ -74,9 +76,9 @@ def _multiply(x, out, packed, rows, inputs, panels, size_bytes):
 
 
 class RowLinear(nn.Module):
-    """The same function as a linear layer; products of fewer than `tile` rows are computed row by row over packed weights.
+    """The same function as a linear layer, computed row by row over packed weights.
 
-    Takes no gradients. Holds the given weights, for products of many rows, and the packed copy.
+    Takes no gradients. Holds the given weights, for the library's products of many rows, and the packed copy.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ class RowLinear(nn.Module):
         On the CPU, float32 or bfloat16. float32 weights that are bfloat16 numbers, as those of models that were trained in it, are
         packed as such and take half the memory and time.
     tile : int
-        Rows from which on the library's product is taken.
+        Rows from which on a product is one of many: `services.engine.cpu.many`'s where that is faster than the library's.
     """
 
     def __init__(self, linear: nn.Linear, tile: int) -> None:
@@ -92,13 +94,15 @@ class RowLinear(nn.Module):
         self.weight, self.bias, self.tile = linear.weight, linear.bias, tile
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._panels = _Panels.of(linear)
+        self._native = linear.weight.dtype == torch.float32 and beats_library()
         self._span = slice(0, linear.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        if not 0 < rows < self.tile:
+        many = rows >= self.tile
+        if not rows or (many and not self._native):
             return functional.linear(x, self.weight, self.bias)
-        out = self._panels.product(x, rows)[..., self._span]
+        out = self._panels.product(x, rows, many)[..., self._span]
         if out.dtype != x.dtype:
             out = out.to(x.dtype)
         return out if self.bias is None else out + self.bias
@@ -125,7 +129,7 @@ class _Panels:
     def of(cls, linear: nn.Linear) -> _Panels:
         return cls(_pack(linear.weight.detach(), -(-linear.out_features // PANEL)), 1)
 
-    def product(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+    def product(self, x: torch.Tensor, rows: int, many: bool) -> torch.Tensor:
         """All outputs [..., panels · PANEL] for `x`, float32; for further layers of the group those that were computed for the first."""
         if self._known is not None and self._known[0] is x:
             out = self._known[1]
@@ -136,7 +140,11 @@ class _Panels:
         source = x if x.dtype is torch.float32 else x.to(torch.float32)
         source = source if source.is_contiguous() else source.contiguous()
         out = torch.empty((*x.shape[:-1], self._count * PANEL), dtype=torch.float32)
-        _multiply(source.data_ptr(), out.data_ptr(), self._address, rows, self._inputs, self._count, self._itemsize)
+        given = source.data_ptr(), out.data_ptr(), self._address, rows, self._inputs, self._count, self._itemsize
+        if many:
+            multiply_many(*given, numba.get_num_threads())
+        else:
+            _multiply(*given)
         if self.layers > 1:
             self._known, self._left = (x, out), self.layers - 1
         return out

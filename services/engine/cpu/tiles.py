@@ -30,28 +30,29 @@ _WORDS = ir.VectorType(ir.IntType(32), LANES)
 def tile(rows: int, vectors: int, weight: Any, *, asks_ahead: bool = False, grows: bool = False) -> Callable[..., None]:
     """An intrinsic for the products of `rows` rows with `vectors` vectors of outputs.
 
-    Its arguments: address of x and of out (float32) and the distance of their rows in elements, address of the first input's weights for
-    these outputs (`weight`: types.float32, or types.uint16 for bfloat16) and the distance of the next input's in elements, the number of
-    inputs, at least 1, and, with `asks_ahead`, what to bring near: an address, whether there is memory of ours or not, and how many
-    bytes from it on for each input. With `grows` the products are added to what `out` holds.
+    Its arguments: address of x (float32) and the distances of its rows and of its inputs in elements, address of out (float32) and the
+    distance of its rows, address of the first input's weights for these outputs (`weight`: types.float32, or types.uint16 for bfloat16)
+    and the distance of the next input's in elements, the number of inputs, at least 1, and, with `asks_ahead`, what to bring near: an
+    address, whether there is memory of ours or not, and how many bytes from it on for each input. With `grows` the products are added
+    to what `out` holds. Weights that lie across cache lines halve the speed.
     """
 
     @intrinsic
     def multiply(
-        typing_context: Any, x: Any, x_stride: Any, out: Any, out_stride: Any, weights: Any, stride: Any, inputs: Any,
+        typing_context: Any, x: Any, x_stride: Any, x_step: Any, out: Any, out_stride: Any, weights: Any, stride: Any, inputs: Any,
         ahead: Any, ahead_step: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _generate(builder, args, rows, vectors, weight is types.uint16, asks_ahead, grows)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 9), generate
+        return types.void(*[types.intp] * 10), generate
 
     return multiply
 
 
 def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_ahead: bool, grows: bool) -> None:
-    x, x_stride, out, out_stride, weights, stride, inputs, ahead, ahead_step = args
+    x, x_stride, x_step, out, out_stride, weights, stride, inputs, ahead, ahead_step = args
     word = inputs.type
     cells = list(product(range(rows), range(vectors)))
     x_rows = [element(b, x, FLOAT, b.mul(x_stride, word(r))) for r in range(rows)]
@@ -59,6 +60,9 @@ def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_a
     targets = [b.bitcast(element(b, out, FLOAT, offset), VECTOR.as_pointer()) for offset in offsets]
     zero = ir.Constant(VECTOR, [0.0] * LANES)
     firsts = [b.load(target, align=4) if grows else zero for target in targets]
+    if not grows:
+        for target in targets:
+            _prefetch(b, target, writes=True)
 
     before, loop, after = b.block, b.append_basic_block("input"), b.append_basic_block("done")
     b.branch(loop)
@@ -66,13 +70,16 @@ def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_a
     at = b.phi(word)
     sums = [b.phi(VECTOR) for _ in cells]
     if asks_ahead:
-        _prefetch(b, b.add(ahead, b.mul(at, ahead_step)))
+        byte = ir.IntType(8).as_pointer()
+        _prefetch(b, b.inttoptr(b.add(ahead, b.mul(at, ahead_step)), byte))
     columns = [weights_at(b, weights, b.add(b.mul(at, stride), word(v * LANES)), bfloat16) for v in range(vectors)]
-    inputs_of_rows = [_splat(b, b.load(b.gep(row, [at]))) for row in x_rows]
+    place = b.mul(at, x_step)
+    inputs_of_rows = [_splat(b, b.load(b.gep(row, [place]))) for row in x_rows]
     fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     grown = [b.call(fma, [inputs_of_rows[r], columns[v], total]) for (r, v), total in zip(cells, sums, strict=True)]
     following = b.add(at, word(1))
-    b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
+    branch = b.cbranch(b.icmp_signed("<", following, inputs), loop, after)
+    branch.set_metadata("llvm.loop", _as_it_is(b.module))
 
     at.add_incoming(word(0), before)
     at.add_incoming(following, loop)
@@ -84,11 +91,19 @@ def _generate(b: Any, args: Any, rows: int, vectors: int, bfloat16: bool, asks_a
         b.store(total, target, align=4)
 
 
-def _prefetch(b: Any, address: Any) -> None:
-    """Ask for the cache line at `address`, to be read, for the second level of the cache."""
+def _as_it_is(module: Any) -> Any:
+    """For a loop that LLVM is not to unroll: it may keep a sum in memory then, which halves the speed."""
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = ir.MDValue(module, [disable], name=str(len(module.metadata)))
+    loop.operands = (loop, disable)  # the first operand of a loop's metadata is itself
+    return loop
+
+
+def _prefetch(b: Any, place: Any, writes: bool = False) -> None:
+    """Ask for a cache line: for the second level of the cache if it is to be read, for the first if it is to be written."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     hint = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0")
-    b.call(hint, [b.inttoptr(address, byte), flag(0), flag(2), flag(1)])
+    b.call(hint, [b.bitcast(place, byte), flag(int(writes)), flag(3 if writes else 2), flag(1)])
 
 
 def element(b: Any, address: Any, element: Any, offset: Any) -> Any:

@@ -46,7 +46,7 @@ def _attend(shape, q, k, v, out, k_base, v_base, page_stride, pages, size, size_
             )  # fmt: skip
 
 
-def can_attend(pool: LivePool) -> bool:
+def can_attend_tokens(pool: LivePool) -> bool:
     """Whether such caches can be attended to here: on the CPU, in float32 or bfloat16."""
     return pool.device.type == "cpu" and pool.layout.dtype in (torch.float32, torch.bfloat16)
 
