@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from kvstore.bulk import BULK_OPTIONS
-from kvstore.errors import error_for_status
+from kvstore.errors import TransportError, error_for_status
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .security import Security
@@ -76,7 +76,7 @@ class GrpcTransport:
     async def put(self, address: str, messages: Iterable[bytes], timeout_s: float) -> pb.PutResponse:
         rpc = self._channel(address).stream_unary(SERVICE + "Put", response_deserializer=pb.PutResponse.FromString)
         with _translated(address):
-            return await rpc(iter(messages), timeout=timeout_s, metadata=self._security.metadata)
+            return _present(await rpc(iter(messages), timeout=timeout_s, metadata=self._security.metadata), address)
 
     async def call(self, address: str, rpc: str, request: Any, timeout_s: float) -> Any:
         response = getattr(pb, f"{rpc}Response")
@@ -84,7 +84,7 @@ class GrpcTransport:
             SERVICE + rpc, request_serializer=type(request).SerializeToString, response_deserializer=response.FromString
         )
         with _translated(address):
-            return await stub(request, timeout=timeout_s, metadata=self._security.metadata)
+            return _present(await stub(request, timeout=timeout_s, metadata=self._security.metadata), address)
 
     async def keep(self, addresses: set[str]) -> None:
         for address in set(self._channels) - addresses:
@@ -98,6 +98,13 @@ class GrpcTransport:
         if channel is None:
             channel = self._channels[address] = self._security.channel(address, CHANNEL_OPTIONS)
         return channel
+
+
+def _present(response: Any, address: str) -> Any:
+    """`response`; gRPC gives None for a call that ended well without one, as one damaged on its way may."""
+    if response is None:
+        raise TransportError(f"node {address}: the call ended without an answer")
+    return response
 
 
 @contextmanager

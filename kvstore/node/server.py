@@ -29,6 +29,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["KVStoreService"]
 #: A message is a payload, a header and the names of the fields.
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES + (64 << 10)
 ERROR_DOMAIN = "concertina"
+#: Between attempts to listen again.
+REOPEN_S = 0.1
 
 
 class Server:
@@ -46,8 +48,32 @@ class Server:
         self._clock = clock
         self._tls = server_credentials(config)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=config.max_streams,
+        self._max_streams = config.max_streams
+        self._methods = {rpc: self._method(rpc) for rpc in HANDLERS}
+        self._server: grpc.aio.Server
+        self._keeper: asyncio.Task[None]
+        self._ending = False
+
+    async def start(self, listen: str) -> int:
+        """Bind and serve; returns the port.
+
+        Raises
+        ------
+        ConfigError
+            If the address cannot be bound.
+        """
+        try:
+            port = await self._open(listen)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {listen}: {error}; give --listen a free HOST:PORT, or port 0") from error
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._keeper = asyncio.create_task(self._keep_open(f"{listen.rpartition(':')[0]}:{port}"))
+        return port
+
+    async def _open(self, listen: str) -> int:
+        """A new gRPC server on this address; returns its port. Raises RuntimeError where it cannot be bound."""
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=self._max_streams,
             options=[
                 *BULK_OPTIONS,
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -59,31 +85,29 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ],
         )
-        methods = {rpc: self._method(rpc) for rpc in HANDLERS}
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE.full_name, methods)])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-
-    async def start(self, listen: str) -> int:
-        """Bind and serve; returns the port.
-
-        Raises
-        ------
-        ConfigError
-            If the address cannot be bound.
-        """
-        try:
-            port = self._bind(listen)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {listen}: {error}; give --listen a free HOST:PORT, or port 0") from error
-        await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE.full_name, self._methods)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port(listen) if self._tls is None else server.add_secure_port(listen, self._tls)
+        await server.start()
+        self._server = server
         return port
 
-    def _bind(self, listen: str) -> int:
-        if self._tls is not None:
-            return self._server.add_secure_port(listen, self._tls)
-        return self._server.add_insecure_port(listen)
+    async def _keep_open(self, address: str) -> None:
+        """gRPC ends a whole server for a call whose path is no UTF-8 (seen up to 1.85), so a new one takes its place."""
+        while not self._ending:
+            try:
+                await self._server.wait_for_termination()
+            except UnicodeDecodeError as error:
+                log.warning("gRPC's server was ended by what a caller sent (%s); a new one takes its place", error)
+            ended = self._server
+            await ended.stop(None)  # to the end, at which gRPC has not arrived
+            while self._server is ended and not self._ending:
+                try:
+                    await self._open(address)
+                except RuntimeError as error:  # of the old one the port may not be free yet
+                    log.warning("cannot listen on %s again yet: %s", address, error)
+                    await asyncio.sleep(REOPEN_S)
 
     async def drain(self) -> None:
         """Tell health checkers that no more calls are wanted."""
@@ -91,7 +115,10 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """End: running calls have `grace_s` seconds to finish, then they are cancelled."""
+        self._ending = True
         await self._server.stop(grace_s)
+        await self._keeper
+        await self._server.stop(None)  # should it be a new one
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE.full_name):

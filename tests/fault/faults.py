@@ -68,6 +68,7 @@ FAULTS: dict[str, Fault] = {
     "wire repeats": wire_faults.Between(proxy.repeat(_rng, DOWN, 0.1), "get"),
     "wire loses": wire_faults.Between(proxy.lose(_rng, DOWN, 0.1), "get"),
     "bits flip on the wire in get": wire_faults.Between(proxy.flip(_rng, DOWN, 0.3), "get"),
+    "a path that is no text": wire_faults.BadPath(),
     "bits flip on the wire in put": wire_faults.Between(proxy.flip(_rng, UP, 0.3), "put"),
     # the door, and shared memory
     "door cut in put": wire_faults.Cut("put", "tcp"),

@@ -25,9 +25,30 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .blocks import chain
 
+#: Bytes that a connection over HTTP/2 begins with, and kinds and flags of its frames (RFC 9113).
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, SETTINGS, END_STREAM, END_HEADERS = 0, 1, 4, 1, 4
 #: Statuses that an answer to nonsense may have.
 ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "DATA_LOSS", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
 CALL_S = 5.0
+
+
+def raw_call(path: bytes) -> bytes:
+    """What a connection sends that makes one empty call, whatever is in the path. Headers are literals (RFC 7541)."""
+
+    def text(value: bytes) -> bytes:
+        return bytes([len(value)]) + value
+
+    def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+        return len(body).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + body
+
+    post_over_http, named, path_is, host_is = b"\x83\x86", b"\x00", b"\x04", b"\x01"
+    headers = post_over_http + path_is + text(path) + host_is + text(b"node")
+    for name, value in ((b"content-type", b"application/grpc"), (b"te", b"trailers")):
+        headers += named + text(name) + text(value)
+    empty = bytes(5)
+    call = frame(HEADERS, END_HEADERS, 1, headers) + frame(DATA, END_STREAM, 1, empty)
+    return PREFACE + frame(SETTINGS, 0, 0, b"") + call
 
 
 class Fuzz:
@@ -81,6 +102,11 @@ class Fuzz:
         messages = [self.damaged(message) for message in self.puts * self.rng.choice((1, 2))]
         self.rng.shuffle(messages)
         return messages[: self.rng.randrange(len(messages) + 1)]
+
+    def connection(self) -> bytes:
+        """What a connection sends that makes a call and is damaged behind its preface."""
+        call = raw_call(SERVICE.encode() + self.rng.choice(list(HANDLERS)).encode())
+        return PREFACE + self.damaged(call[len(PREFACE) :])
 
     def guest(self) -> bytes:
         """What a guest of the door says: a valid beginning, then damaged messages."""

@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from kvstore.node import NodeConfig, StoreNode
 from kvstore.node.wire import get_frame, parse_put
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from tests.fault.blocks import NAMESPACE, chain
-from tests.fault.hostile import Assault, Fuzz
+from tests.fault.hostile import Assault, Fuzz, raw_call
 
 IDLE_CONNECTIONS = 10_000
 MIB = 1 << 20
@@ -71,6 +71,54 @@ async def test_every_rpc_and_the_door_answer_nonsense_with_a_status_and_nothing_
         async with asyncio.timeout(10):
             while node.engine.reserved_pages or len(node.engine.holds.leases):
                 await asyncio.sleep(0.02)
+
+
+async def test_connections_that_make_no_sense_end_no_node():
+    """Not even a path that is no text, for which gRPC ends its server: 60 bytes from anybody. Callers must find another in its place.
+
+    The node is a process of its own: a server that ends so takes callers in the same process along.
+    """
+    fuzz = Fuzz(1)
+    bad_path = raw_call(b"/concertina.kvstore.v1.KVStoreService/\xef")
+    async with node_process() as (process, address):
+        host, _, port = address.rpartition(":")
+        transport = GrpcTransport()
+        for said in (bad_path, bad_path, *(fuzz.connection() for _ in range(300)), bad_path):
+            async with asyncio.timeout(5):
+                while not await connect_and_say(host, int(port), said):
+                    await asyncio.sleep(0.05)
+            if said == bad_path:
+                async with asyncio.timeout(5):
+                    while not await answers(transport, address):
+                        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            while not await answers(transport, address):
+                await asyncio.sleep(0.05)
+        assert process.returncode is None
+        await transport.close()
+
+
+async def connect_and_say(host: str, port: int, said: bytes) -> bool:
+    """Whether somebody listens there. What is said is left unanswered for at most a moment."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    with suppress(OSError, TimeoutError):
+        writer.write(said)
+        async with asyncio.timeout(0.02):
+            while await reader.read(4096):
+                pass
+    writer.transport.abort()
+    return True
+
+
+async def answers(transport: GrpcTransport, address: str) -> bool:
+    """Whether a node answers a call."""
+    try:
+        return (await transport.call(address, "Stats", pb.StatsRequest(), 1.0)).arena_bytes == 16 * MIB
+    except ConcertinaError:
+        return False
 
 
 @pytest.mark.parametrize("seed", range(20))

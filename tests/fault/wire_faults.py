@@ -16,6 +16,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import Fault
 from .blocks import chain, is_one_of
+from .hostile import raw_call
 from .proxy import Rule, TcpProxy
 from .system import ROOT, ProxiedTransport, System
 
@@ -64,6 +65,17 @@ class Cut(Fault):
 
     async def heal(self, system: System) -> None:
         _proxy(system, self.way).heal()
+
+
+class BadPath(Fault):
+    """A caller's path is no text: gRPC ends its server for it, and another must take its place."""
+
+    async def inject(self, system: System) -> None:
+        host, _, port = system.nodes[VICTIM].address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(raw_call(b"/concertina.kvstore.v1.KVStoreService/\xef"))
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
 
 
 class SlowReader(Fault):

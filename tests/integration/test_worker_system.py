@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import time
 import urllib.request
 
@@ -23,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from protos.concertina.inference.v1 import inference_pb2 as pb
 from protos.concertina.inference.v1 import inference_pb2_grpc as rpc
+from tests.fault.hostile import raw_call
 from tests.system_support import Cli, marked, until, valkeys
 
 NAME, MODEL = "suite", "SmolLM2-135M-Instruct"
@@ -305,6 +307,23 @@ def test_status_names_every_part(system):
     assert (worker["engine"], worker["device"], len(system["workers"]), len(system["nodes"])) == ("transformers", "cpu", 1, 2)
     assert psutil.pid_exists(worker["pid"]) and all(psutil.pid_exists(n["pid"]) for n in system["nodes"])
     assert all(system[key] is None for key in ("prometheus", "console"))
+
+
+def test_a_path_that_is_no_text_does_not_end_the_service(system, stub):
+    """gRPC ends its server for it, and Serve's proxy would go on without one. Calls of that moment are cancelled."""
+
+    def served():
+        try:
+            return stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=5, metadata=bearer()).model
+        except grpc.RpcError:
+            return ""
+
+    host, _, port = system["inference"].rpartition(":")
+    for _ in range(2):
+        with socket.create_connection((host, int(port)), 5) as stranger:
+            stranger.sendall(raw_call(b"/concertina.inference.v1.InferenceService/\xef"))
+            stranger.recv(1)
+        until(served)
 
 
 def test_a_killed_node_costs_time_and_no_answer(system, stub):
