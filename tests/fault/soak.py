@@ -139,6 +139,9 @@ async def _lose_redis(system: System, load: Load) -> None:
 async def _inspect(system: System, record: Record) -> None:
     """Everything is quiet: what is still held, and does every account agree?"""
     record.idle_moments += 1
+    pid = system.nodes[STEADY].pid
+    record.rss_bytes.append(_rss_bytes(pid))  # before anything is asked: what an answer takes is given back at the next idle moment
+    record.files.append(len(os.listdir(f"/proc/{pid}/fd")))
     for node in system.client.nodes():
         own = next((p for p in system.nodes.values() if p.incarnation == node.incarnation), None)
         if own is None:
@@ -152,9 +155,6 @@ async def _inspect(system: System, record: Record) -> None:
         record.leaked_pins += stats.pinned
         record.leaked_bytes += stats.reserved_bytes
     record.ended_by_themselves += sum(node.process.returncode is not None for node in system.nodes.values())
-    pid = system.nodes[STEADY].pid
-    record.rss_bytes.append(_rss_bytes(pid))
-    record.files.append(len(os.listdir(f"/proc/{pid}/fd")))
 
 
 def _rss_bytes(pid: int) -> int:
