@@ -30,10 +30,11 @@ THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Ray reads these when it is imported. The fourth has it take 127.0.0.1 as the node's address, which on Linux it would otherwise
 #: replace by the machine's own and so open its ports to the network. The next two have it start a process when it is needed, not
 #: ahead, and the one after has actors run at our own priority: Ray's default of 15 has the model wait for everything else on the
-#: machine. RAY_SERVE_GRPC_MAX_MESSAGE_SIZE bounds a message before it is read, at far more than any prompt takes. The last five are
-#: about time: the proxy calls replicas over gRPC instead of as actors, which costs 3 ms a call more; neither has a thread of its own
-#: for what is asynchronous here anyway; Ray's own metrics leave a process once a second instead of ten times; and gRPC reads its
-#: sockets in the thread that waits for calls, not in one of a pool that wakes it (a gRPC without these experiments says so and goes on).
+#: machine. RAY_SERVE_GRPC_MAX_MESSAGE_SIZE bounds a message before it is read, at far more than any prompt takes, and a proxy that is
+#: gone is known to be after three looks, one a second instead of one in ten. The last five are about time: the proxy calls replicas
+#: over gRPC instead of as actors, which costs 3 ms a call more; neither has a thread of its own for what is asynchronous here anyway;
+#: Ray's own metrics leave a process once a second instead of ten times; and gRPC reads its sockets in the thread that waits for
+#: calls, not in one of a pool that wakes it (a gRPC without these experiments says so and goes on).
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -43,6 +44,7 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(16 << 20),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

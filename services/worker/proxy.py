@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
-from ray._private import worker
 from ray.serve._private import proxy
 from ray.serve._private.http_util import convert_object_to_asgi_messages
 from ray.serve._private.proxy_request_response import gRPCStreamingType
@@ -29,8 +29,8 @@ from services.worker.service import TIMEOUT_HEADER
 
 log = logging.getLogger(__name__)
 
-#: Of the servers here, see `_keep_open`.
-_KEEPERS: set[asyncio.Task[None]] = set()
+#: See `_end_with`.
+_WATCHES: set[asyncio.Task[None]] = set()
 LOST_REASON = "REPLICA_LOST"
 LOST = "the worker that had this request is gone; send the request again"
 #: Serve's status of HTTP -> ours. 500 comes from a replica that died, since ours answer all that goes wrong in them.
@@ -39,26 +39,26 @@ STATUS_OF_HTTP = {408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "UNA
 
 def add_services(servicer: Any, server: Any) -> None:
     """Register our services with Serve's gRPC server; it adds reflection by itself."""
-    keeper = asyncio.get_running_loop().create_task(_keep_open(server, server.service_handler_factory))
-    _KEEPERS.add(keeper)
-    keeper.add_done_callback(_KEEPERS.discard)
+    watch = asyncio.get_running_loop().create_task(_end_with(server))
+    _WATCHES.add(watch)
+    watch.add_done_callback(_WATCHES.discard)
     server.service_handler_factory = _front(server.service_handler_factory)
     proxy.send_http_response_on_exception = last_words
     add_InferenceServiceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(servicer, server)
 
 
-async def _keep_open(server: Any, factory: Callable[..., Callable]) -> None:
-    """gRPC ends a whole server for a call whose path is no UTF-8 (seen up to 1.85), and Serve would go on without: start another."""
+async def _end_with(server: Any) -> None:
+    """gRPC ends a whole server for a call whose path is no UTF-8 (seen up to 1.85), and Serve would go on without.
+
+    So the proxy ends too, and Serve starts another. A new server in this process would be there sooner, but calls to replicas, which
+    share gRPC's queue with a server that ended so, may then crash.
+    """
     try:
         await server.wait_for_termination()
     except UnicodeDecodeError as error:
-        log.warning("gRPC's server was ended by what a caller sent (%s); a new one takes its place", error)
-        await server.stop(None)  # to the end, at which gRPC has not arrived
-        (actor,) = worker.global_worker.actors.values()
-        await proxy.start_grpc_server(
-            factory, actor._grpc_options, event_loop=asyncio.get_running_loop(), enable_so_reuseport=proxy.SOCKET_REUSE_PORT_ENABLED
-        )  # fmt: skip
+        log.critical("gRPC's server was ended by what a caller sent (%s); this proxy ends, and another takes its place", error)
+        os._exit(1)
 
 
 def _front(factory: Callable[..., Callable]) -> Callable[..., Callable]:

@@ -310,7 +310,7 @@ def test_status_names_every_part(system):
 
 
 def test_a_path_that_is_no_text_does_not_end_the_service(system, stub):
-    """gRPC ends its server for it, and Serve's proxy would go on without one. Calls of that moment are cancelled."""
+    """gRPC ends its server for it; Serve's proxy, which would go on without one, ends too and is started anew."""
 
     def served():
         try:
@@ -323,7 +323,7 @@ def test_a_path_that_is_no_text_does_not_end_the_service(system, stub):
         with socket.create_connection((host, int(port)), 5) as stranger:
             stranger.sendall(raw_call(b"/concertina.inference.v1.InferenceService/\xef"))
             stranger.recv(1)
-        until(served)
+        until(served, TIMEOUT_S)
 
 
 def test_a_killed_node_costs_time_and_no_answer(system, stub):
