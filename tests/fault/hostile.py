@@ -51,6 +51,10 @@ def raw_call(path: bytes) -> bytes:
     return PREFACE + frame(SETTINGS, 0, 0, b"") + call
 
 
+#: A call whose path is no text: gRPC's asynchronous server ends for it (seen up to 1.85).
+NO_TEXT = raw_call(SERVICE.encode() + b"\xef")
+
+
 class Fuzz:
     """Messages for each entrance of a node, drawn from a seed."""
 

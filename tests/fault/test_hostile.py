@@ -21,7 +21,7 @@ from kvstore.node import NodeConfig, StoreNode
 from kvstore.node.wire import get_frame, parse_put
 from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 from tests.fault.blocks import NAMESPACE, chain
-from tests.fault.hostile import Assault, Fuzz, raw_call
+from tests.fault.hostile import NO_TEXT, Assault, Fuzz
 
 IDLE_CONNECTIONS = 10_000
 MIB = 1 << 20
@@ -79,15 +79,14 @@ async def test_connections_that_make_no_sense_end_no_node():
     The node is a process of its own: a server that ends so takes callers in the same process along.
     """
     fuzz = Fuzz(1)
-    bad_path = raw_call(b"/concertina.kvstore.v1.KVStoreService/\xef")
     async with node_process() as (process, address):
         host, _, port = address.rpartition(":")
         transport = GrpcTransport()
-        for said in (bad_path, bad_path, *(fuzz.connection() for _ in range(300)), bad_path):
+        for said in (NO_TEXT, NO_TEXT, *(fuzz.connection() for _ in range(300)), NO_TEXT):
             async with asyncio.timeout(5):
                 while not await connect_and_say(host, int(port), said):
                     await asyncio.sleep(0.05)
-            if said == bad_path:
+            if said == NO_TEXT:
                 async with asyncio.timeout(5):
                     while not await answers(transport, address):
                         await asyncio.sleep(0.05)

@@ -16,7 +16,7 @@ from protos.concertina.kvstore.v1 import kvstore_pb2 as pb
 
 from .base import Fault
 from .blocks import chain, is_one_of
-from .hostile import raw_call
+from .hostile import NO_TEXT
 from .proxy import Rule, TcpProxy
 from .system import ROOT, ProxiedTransport, System
 
@@ -73,7 +73,7 @@ class BadPath(Fault):
     async def inject(self, system: System) -> None:
         host, _, port = system.nodes[VICTIM].address.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(raw_call(b"/concertina.kvstore.v1.KVStoreService/\xef"))
+        writer.write(NO_TEXT)
         await asyncio.sleep(0.02)
         writer.transport.abort()
 

@@ -8,34 +8,23 @@ torch goes over the two wide products four times, which takes a quarter as long 
 from __future__ import annotations
 
 import torch
-from numba import float32, int32, njit, prange, uint32
+from numba import float32, njit, prange
 from torch import nn
 
-from .elements import JIT, float32_at, float_of_bits
+from .elements import JIT, exp, float32_at
 from .products import RowLinear
 
 #: Rows from which on threads share the work.
 _MANY = 16
-#: exp(-a) is taken of numbers between these, where it is neither 0 nor infinite in float32.
-_LEAST, _MOST = float32(-87.0), float32(87.0)
-_LOG2_E, _LN2_HIGH, _LN2_LOW = float32(1.44269504), float32(0.693359375), float32(-2.12194440e-4)
-#: Adding and taking away this rounds to a whole number.
-_ROUND = float32(1.5 * 2**23)
-#: exp(r) = 1 + r + r² · p(r) for |r| ≤ ln(2) / 2, highest power first (Cephes, expf).
-_P0, _P1, _P2 = float32(1.9875691500e-4), float32(1.3981999507e-3), float32(8.3334519073e-3)
-_P3, _P4, _P5 = float32(4.1665795894e-2), float32(1.6666665459e-1), float32(5.0000001201e-1)
+#: exp(-a) is taken of no more than this, where it is not yet infinite in float32.
+_MOST = float32(87.0)
 
 
 @njit(fastmath={"contract"}, **JIT)
 def _gate(gate, up, out, size):
     a, b, target = float32_at(gate), float32_at(up), float32_at(out)
     for at in range(size):
-        x = min(max(-a[at], _LEAST), _MOST)
-        whole = (x * _LOG2_E + _ROUND) - _ROUND
-        r = x - whole * _LN2_HIGH - whole * _LN2_LOW
-        p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-        power = float_of_bits(uint32(int32(whole) + int32(127)) << uint32(23))
-        target[at] = a[at] / (float32(1) + (p * r * r + r + float32(1)) * power) * b[at]
+        target[at] = a[at] / (float32(1) + exp(min(-a[at], _MOST))) * b[at]
 
 
 @njit(**JIT)

@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from .dots import dots
-from .elements import JIT, float_of_bits
+from .elements import JIT, exp, float_of_bits
 from .tiles import LANES, tile
 
 #: Queries, keys and vectors of channels that tiles take at once: with them and their sums the 16 registers are full.
@@ -26,24 +26,6 @@ _MIX_FOR_ONE_F32, _MIX_FOR_ONE_BF16 = (tile(1, _VECTORS, kind, grows=True) for k
 _FLOAT = 4
 #: Sums over a head's channels and over tokens may be split over vector lanes; how is decided when this is compiled.
 _REORDER = {"reassoc", "contract", "nsz", "arcp"}
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-#: Of exp's polynomial on [-ln 2 / 2, ln 2 / 2], highest power first (Cephes, expf).
-_EXP = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
-#: Below it exp is taken as that of it.
-_LOWEST = np.float32(-87.0)
-#: Adding and taking away this rounds to a whole number.
-_ROUND = np.float32(1.5 * 2**23)
-
-
-@njit(fastmath={"contract"}, **JIT)
-def exp(x):
-    """exp(x) for x <= 0, to 1 unit in the last place; free of branches and calls, so that a loop over it becomes vector code."""
-    x = x if x > _LOWEST else _LOWEST
-    whole = (x * _LOG2_E + _ROUND) - _ROUND
-    x = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    y = ((((_EXP[0] * x + _EXP[1]) * x + _EXP[2]) * x + _EXP[3]) * x + _EXP[4]) * x + _EXP[5]
-    y = y * x * x + x + np.float32(1)
-    return y * float_of_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
 def _value(element):

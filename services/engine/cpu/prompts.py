@@ -21,10 +21,10 @@ from numba import njit, prange, types
 
 from services.engine.live import LivePool
 
-from .elements import JIT, float32_at
-from .heads import exp
+from .elements import JIT, exp, float32_at
 from .many import beats_library
 from .tiles import LANES, tile
+from .tokens import page_tables
 
 if TYPE_CHECKING:
     from services.engine.attention import Tile
@@ -221,9 +221,7 @@ class Prompts:
     def __init__(self, tiles: Sequence[Tile]) -> None:
         self._pool = tiles[0].kv.pool
         self._rows = sum(tile.count for tile in tiles)
-        self._tables = np.zeros((len(tiles), max(len(tile.kv.page_ids) for tile in tiles)), np.int64)
-        for number, part in enumerate(tiles):
-            self._tables[number, : len(part.kv.page_ids)] = part.kv.page_ids
+        self._tables = page_tables([part.kv for part in tiles])
         self._tiles_I4 = np.array([(part.row, part.start, part.count, number) for number, part in enumerate(tiles)], np.int64)
         self._columns = max(part.count for part in tiles)
 

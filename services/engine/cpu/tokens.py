@@ -51,6 +51,14 @@ def can_attend_tokens(pool: LivePool) -> bool:
     return pool.device.type == "cpu" and pool.layout.dtype in (torch.float32, torch.bfloat16)
 
 
+def page_tables(caches: Sequence[LiveKV]) -> np.ndarray:
+    """int64 [caches, pages of the longest]: the pages of each, and 0 behind them."""
+    tables = np.zeros((len(caches), max(len(kv.page_ids) for kv in caches)), np.int64)
+    for row, kv in enumerate(caches):
+        tables[row, : len(kv.page_ids)] = kv.page_ids
+    return tables
+
+
 class Batch:
     """Where the caches of a batch's tokens lie: one token each, which goes to the place `at` of its cache.
 
@@ -62,9 +70,7 @@ class Batch:
 
     def __init__(self, caches: Sequence[tuple[LiveKV, int]]) -> None:
         self._pool = caches[0][0].pool
-        self._tables = np.zeros((len(caches), max(len(kv.page_ids) for kv, _ in caches)), np.int64)
-        for row, (kv, _) in enumerate(caches):
-            self._tables[row, : len(kv.page_ids)] = kv.page_ids
+        self._tables = page_tables([kv for kv, _ in caches])
         self._stops = np.array([at + 1 for _, at in caches], np.int64)
 
     def __len__(self) -> int:
