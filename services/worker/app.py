@@ -38,6 +38,7 @@ from services.worker.metrics_page import MetricsPage
 from services.worker.openai.http import OpenAiHttp
 from services.worker.options import WorkerArgs
 from services.worker.presence import Presence
+from services.worker.same_host.server import open_beside_grpc
 from services.worker.service import Service
 from services.worker.tenants import Tenants
 
@@ -96,6 +97,7 @@ class Worker:
     async def __init__(self, args: WorkerArgs) -> None:
         if args.internal_host:
             bind_replica(args.internal_host)
+        open_beside_grpc()
         self._metrics = Metrics()
         self._page = MetricsPage(self._metrics.registry, args.metrics)
         self._engine = create_engine(args, self._metrics)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from ray.serve._private import proxy
+from ray.serve._private.grpc_util import set_grpc_code_and_details
 from ray.serve._private.http_util import convert_object_to_asgi_messages
-from ray.serve._private.proxy_request_response import gRPCStreamingType
+from ray.serve._private.proxy_request_response import ResponseStatus, gRPCProxyRequest, gRPCStreamingType
 
 from protos.concertina.inference.v1 import inference_pb2 as pb
 from protos.concertina.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -29,8 +30,7 @@ from services.worker.service import TIMEOUT_HEADER
 
 log = logging.getLogger(__name__)
 
-#: See `_end_with`.
-_WATCHES: set[asyncio.Task[None]] = set()
+_TASKS: set[asyncio.Task[None]] = set()
 LOST_REASON = "REPLICA_LOST"
 LOST = "the worker that had this request is gone; send the request again"
 #: Serve's status of HTTP -> ours. 500 comes from a replica that died, since ours answer all that goes wrong in them.
@@ -39,13 +39,24 @@ STATUS_OF_HTTP = {408: "DEADLINE_EXCEEDED", 429: "RESOURCE_EXHAUSTED", 500: "UNA
 
 def add_services(servicer: Any, server: Any) -> None:
     """Register our services with Serve's gRPC server; it adds reflection by itself."""
-    watch = asyncio.get_running_loop().create_task(_end_with(server))
-    _WATCHES.add(watch)
-    watch.add_done_callback(_WATCHES.discard)
+    _keep(_end_with(server))
     server.service_handler_factory = _front(server.service_handler_factory)
     proxy.send_http_response_on_exception = last_words
     add_InferenceServiceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(servicer, server)
+
+
+def _keep(work: Coroutine[Any, Any, None]) -> None:
+    """Do it beside what runs. The loop itself would not keep the task alive."""
+    task = asyncio.get_running_loop().create_task(work)
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)
+
+
+async def _drain(messages: AsyncIterator[Any]) -> None:
+    """Read to the end."""
+    async for _ in messages:
+        pass
 
 
 async def _end_with(server: Any) -> None:
@@ -62,16 +73,28 @@ async def _end_with(server: Any) -> None:
 
 
 def _front(factory: Callable[..., Callable]) -> Callable[..., Callable]:
-    """Serve's factory of handlers, each with ours before it. Its handlers with streamed requests, which we have none of, stay."""
+    """Serve's factory of handlers, each with ours before it. Its handlers with streamed requests, which we have none of, stay.
+
+    A call that is answered by one message goes round Serve's handler, which first writes its log and counts, and then answers.
+    """
+
+    serve = factory.__self__  # Serve's gRPCProxy
 
     def make(service_method: str, streaming_type: gRPCStreamingType) -> Callable:
         inner = factory(service_method=service_method, streaming_type=streaming_type)
 
         async def unary(request: Any, context: Any) -> bytes:
             call = Call(context, request)
-            answer = await inner(request, call)
-            call.end()
-            return answer
+            asked = gRPCProxyRequest(request, call, service_method, stream=False, streaming_type=streaming_type)
+            messages = serve.proxy_request(asked)
+            first = await anext(messages)
+            if isinstance(first, ResponseStatus):
+                await _drain(messages)
+                set_grpc_code_and_details(call, first)
+                call.end()
+                return b""
+            _keep(_drain(messages))  # Serve's own accounts, which nobody need wait for
+            return first
 
         async def streamed(request: Any, context: Any) -> AsyncIterator[bytes]:
             call = Call(context, request)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.serve._private.common import RunningReplicaInfo
 from ray.serve.request_router import LocalityMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from kvstore.clock import SystemClock
 from services.worker.prefixes import Memory
+from services.worker.same_host.calls import SameHostReplica
 
 #: Requests that the preferred replica may have beyond the least loaded one.
 MAX_LEAD = 4
@@ -26,6 +28,10 @@ class PrefixRouter(LocalityMixin, RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         self._memory: Memory[ReplicaID] = Memory()
         self._rng = SystemClock().rng
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """How a replica is called."""
+        return SameHostReplica(replica_info)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -46,7 +52,8 @@ class PrefixRouter(LocalityMixin, RequestRouter):
         A Serve that does not call this asks `choose_replicas` alone, and chooses the same.
         """
         if not is_retry and self.num_pending_requests == 0:
-            for rank in await self.choose_replicas(list(self.curr_replicas.values()), pending_request):
+            replicas = list(self.curr_replicas.values())
+            for rank in [replicas] if len(replicas) == 1 else await self.choose_replicas(replicas, pending_request):
                 lengths = ((self.replica_queue_len_cache.get(replica.replica_id), replica) for replica in rank)
                 free = [(length, replica) for length, replica in lengths if length is not None and length < replica.max_ongoing_requests]
                 if free:

@@ -111,6 +111,17 @@ def requests_by_code(system) -> dict[str, float]:
     return {row.split('code="')[1].split('"')[0]: float(row.rsplit(" ", 1)[1]) for row in rows}
 
 
+def test_the_front_calls_a_replica_of_its_host_over_a_unix_socket(stub, system):
+    ask(stub, request("Are you near?", n=1))
+    pid = system["workers"][0]["pid"]
+    files = (os.path.join(f"/proc/{pid}/fd", name) for name in os.listdir(f"/proc/{pid}/fd"))
+    inodes = {os.readlink(file).removeprefix("socket:[").removesuffix("]") for file in files if os.path.islink(file)}
+    with open("/proc/net/unix") as table:
+        sockets = [(row[5], row[6], row[7]) for row in map(str.split, table) if len(row) == 8]
+    connected = [path for state, inode, path in sockets if state == "03" and inode in inodes and "/sockets/replica-" in path]
+    assert connected and oct(os.stat(connected[0]).st_mode & 0o777) == "0o600"
+
+
 def test_health_and_reflection_are_served_without_a_credential(channel):
     answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

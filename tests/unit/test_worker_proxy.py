@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from ray.serve._private.proxy_request_response import gRPCStreamingType
+from ray.serve._private.proxy_request_response import ResponseStatus, gRPCStreamingType
 from ray.serve.request_router import RequestRouter
 
 from kvstore.errors import CapacityError, InvalidInputError, TransportError
@@ -52,28 +52,39 @@ class Context:
     def set_details(self, details):
         self.said = details
 
+    def auth_context(self):
+        return {}
+
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def peer_identities(self):
+        return None
+
+    peer_identity_key = peer_identities
+
 
 def front(code, details, parts=(), streamed=True):
     """Our handler around one of Serve's that sends `parts` and then ends with `code` and `details`."""
 
-    def factory(service_method, streaming_type):
-        def end(context):
-            context.set_code(code)
-            context.set_details(details)
+    class Serve:
+        def service_handler_factory(self, service_method, streaming_type):
+            async def stream(request, context):
+                for part in parts:
+                    yield part.SerializeToString()
+                context.set_code(code)
+                context.set_details(details)
 
-        async def stream(request, context):
+            return stream
+
+        async def proxy_request(self, asked):
+            assert (asked.service_method, asked.stream) == ("/s/m", False)
             for part in parts:
                 yield part.SerializeToString()
-            end(context)
-
-        async def unary(request, context):
-            end(context)
-            return b""
-
-        return stream if streaming_type is gRPCStreamingType.UNARY_STREAM else unary
+            yield ResponseStatus(code, message=details)
 
     kind = gRPCStreamingType.UNARY_STREAM if streamed else gRPCStreamingType.UNARY_UNARY
-    return proxy._front(factory)(service_method="/s/m", streaming_type=kind)
+    return proxy._front(Serve().service_handler_factory)(service_method="/s/m", streaming_type=kind)
 
 
 async def call(handler, context, streamed=True) -> Context:
