@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .device import MARK_BYTES, Arena, CpuArena, available_memory, create, sealed_memory
-from .host import allow_open_files, give_freed_memory_back, host_identity, keep_freed_memory, settle_objects
+from .host import allow_open_files, give_freed_memory_back, host_identity, is_own_user, keep_freed_memory, settle_objects
 from .pages import AccountingError, Extent, PageAllocator
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "create",
     "host_identity",
     "give_freed_memory_back",
+    "is_own_user",
     "keep_freed_memory",
     "settle_objects",
     "sealed_memory",

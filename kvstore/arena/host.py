@@ -1,13 +1,20 @@
-"""The machine under a process: which one it is, how many files it may open, and how its C library hands out large pieces of memory."""
+"""The machine under a process: which one it is, to whom the other end of a socket belongs, how many files it may open, and how its C
+library hands out large pieces of memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import resource
+import socket
+import struct
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
+_PEER = struct.Struct("3i")  # pid, uid, gid
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES = 256 << 20
 HEAP_PIECE_BYTES = 32 << 20
@@ -24,6 +31,14 @@ def host_identity() -> str:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def is_own_user(peer: socket.socket) -> bool:
+    """Whether the other end of a Unix socket belongs to this process's user; the kernel says so. Names and paths alone may be anybody's."""
+    _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if uid != os.getuid():
+        log.warning("a connection with user %d is refused by user %d", uid, os.getuid())
+    return uid == os.getuid()
 
 
 def keep_freed_memory() -> bool:

@@ -7,9 +7,7 @@ before it is known, after the copy, that the bytes were the block's to the end, 
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from kvstore import door
+from kvstore.arena import is_own_user
 from kvstore.arena.catalogue import Catalogue
 from kvstore.block import BlockHeader, EncodedBlock
 from kvstore.door import Kind
@@ -44,7 +43,6 @@ MAX_UNTOLD = 64
 AHEAD = 2
 #: Blocks are sent together, and handed on together, up to here.
 TOGETHER_BYTES = 1 << 20
-_PEER = struct.Struct("3i")
 
 #: Looks at headers, those of block `number` and of the next ones, before memory is set aside: how many leading ones may be read. What is
 #: not accepted ends the reading. Raises CorruptBlockError where the first is not the block that was asked for.
@@ -321,7 +319,8 @@ def open_door(node: NodeRecord, here: bool, token: str, timeout_s: float) -> Doo
     try:
         if here:
             peer.connect(door.local_name(node.incarnation))
-            _check_user(peer)
+            if not is_own_user(peer):
+                raise TransportError("the node's door is kept by another user")
         else:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(door.message(Kind.HELLO, token.encode()))
@@ -353,13 +352,6 @@ def _of_gpu(mapped: np.ndarray, remote: bytes) -> SharedMemory | None:
     except TransportError as error:
         log.info("blocks come over the connection: %s", error)
         return None
-
-
-def _check_user(peer: socket.socket) -> None:
-    """A name in the abstract namespace is anybody's: the one who listens must be of our own user."""
-    _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    if uid != os.getuid():
-        raise TransportError(f"the node's door is kept by user {uid}")
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from kvstore import door
-from kvstore.arena import MARK_BYTES
+from kvstore.arena import MARK_BYTES, is_own_user
 from kvstore.arena.catalogue import Catalogue, create_catalogue
 from kvstore.block import SECTIONS, Buffer
 from kvstore.credentials import Caller
@@ -38,7 +38,6 @@ HELLO_S = 2.0
 MAX_PLANS = 4
 #: Pieces of memory that one system call sends together.
 MAX_PARTS = 512
-_PEER = struct.Struct("3i")  # pid, uid, gid
 _ABSENT = door.PLANNED.pack(Status.NOT_FOUND, 0, 0, 0, 0)
 
 
@@ -72,7 +71,7 @@ class DoorServer:
         try:
             local = socket.socket(socket.AF_UNIX)
             local.bind(door.local_name(self._service.record.incarnation))
-            self._accept_on(local, self._same_user)
+            self._accept_on(local, is_own_user)
             if config.tls_cert:
                 return ""
             remote = socket.create_server((host.strip("[]"), 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -123,14 +122,6 @@ class DoorServer:
                 if peer.family != socket.AF_UNIX:
                     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._run(self._serve(peer))
-
-    @staticmethod
-    def _same_user(peer: socket.socket) -> bool:
-        """Whether the other end belongs to this process's user: the kernel says so."""
-        _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid != os.getuid():
-            log.warning("user %d is refused the shared memory of user %d", uid, os.getuid())
-        return uid == os.getuid()
 
     async def _serve(self, peer: socket.socket) -> None:
         with peer:

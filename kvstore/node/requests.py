@@ -7,7 +7,6 @@ node as a Get or two and, seconds later, as a Put or more.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from kvstore.clock import Clock
@@ -15,7 +14,7 @@ from kvstore.eviction.base import Request
 
 #: A call that continues an older request than this is a request of its own.
 JOIN_S = 60.0
-#: Blocks remembered with the request that used them last.
+#: Blocks remembered with the request that used them last; half of them are forgotten at once.
 MAX_BLOCKS = 16_384
 
 
@@ -26,11 +25,14 @@ class Requests:
         self.count = 0
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._by_block: OrderedDict[bytes, Request] = OrderedDict()
+        #: By block, what was used since `_since`, and what was used before that and perhaps since.
+        self._recent: dict[bytes, Request] = {}
+        self._older: dict[bytes, Request] = {}
+        self._since = clock.now()
 
     def __len__(self) -> int:
-        """Blocks remembered."""
-        return len(self._by_block)
+        """Blocks remembered, some of them twice."""
+        return len(self._recent) + len(self._older)
 
     def begin(self, input_tokens: int = 0, after: bytes | None = None) -> Request:
         """The request of a call that begins now.
@@ -43,7 +45,7 @@ class Requests:
             Id of the parent of the call's first block.
         """
         now = self._clock.now()
-        before = self._by_block.get(after) if after and input_tokens else None
+        before = (self._recent.get(after) or self._older.get(after)) if after and input_tokens else None
         if before is not None and before.input_tokens == input_tokens and now - before.now <= JOIN_S:
             return Request(before.seq, now, input_tokens)
         self.count += 1
@@ -51,13 +53,6 @@ class Requests:
 
     def used(self, request: Request, ids: Iterable[bytes]) -> None:
         """Note that the request used or wrote these blocks."""
-        for id in ids:
-            self._by_block[id] = request
-            self._by_block.move_to_end(id)
-        self._forget(request.now - JOIN_S)
-
-    def _forget(self, before: float) -> None:
-        """Let go of what no call can join any more, and of the oldest of too many."""
-        blocks = self._by_block
-        while blocks and (len(blocks) > MAX_BLOCKS or next(iter(blocks.values())).now < before):
-            blocks.popitem(last=False)
+        if 2 * len(self._recent) >= MAX_BLOCKS or request.now - self._since > JOIN_S:
+            self._older, self._recent, self._since = self._recent, {}, request.now
+        self._recent.update(dict.fromkeys(ids, request))

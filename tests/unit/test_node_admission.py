@@ -72,20 +72,22 @@ def test_calls_of_one_prompt_are_one_request() -> None:
 
 
 def test_blocks_that_no_call_can_join_are_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr("kvstore.node.requests.MAX_BLOCKS", 3)
+    monkeypatch.setattr("kvstore.node.requests.MAX_BLOCKS", 4)
     clock = ManualClock()
     requests = Requests(clock)
     requests.used(requests.begin(1000), [b"a", b"b"])
     clock.advance(59.0)
     requests.used(requests.begin(1000), [b"c"])
-    assert len(requests) == 3
     requests.used(requests.begin(1000), [b"d"])
-    assert len(requests) == 3, "the oldest of too many"
-    assert requests.begin(1000, b"b").seq == 1
-    clock.advance(2.0)
+    assert len(requests) == 4 and requests.begin(1000, b"b").seq == 1
     requests.used(requests.begin(1000, b"c"), [b"c"])
-    assert len(requests) == 2, "the oldest has been let go, what was used again has not"
-    assert requests.begin(1000, b"c").seq == 2
+    assert len(requests) == 3, "of too many the older half"
+    assert (requests.begin(1000, b"a").seq, requests.begin(1000, b"c").seq, requests.begin(1000, b"d").seq) == (4, 2, 3)
+    clock.advance(61.0)
+    for number in range(2):
+        requests.used(requests.begin(1000), [b"e%d" % number])
+        clock.advance(61.0)
+    assert len(requests) == 2, "what is older than any call can join"
 
 
 def test_a_block_below_the_waterline_is_not_admitted_but_remembered() -> None:

@@ -18,7 +18,8 @@ from grpc.aio import AioRpcError, Metadata
 from ray.serve.generated.serve_pb2 import ASGIRequest, ASGIResponse
 from ray.serve.request_router import RunningReplica
 
-from services.worker.same_host.frames import COUNT, WINDOW, Connection, Kind, is_same_user, path_of
+from kvstore.arena import is_own_user
+from services.worker.same_host.frames import COUNT, WINDOW, Connection, Kind, path_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Stub:
         peer.setblocking(False)  # to connect takes no time on a Unix socket
         try:
             peer.connect(str(self._path))
-            self._is_here = is_same_user(peer)
+            self._is_here = is_own_user(peer)
         except OSError as error:
             log.debug("no replica at %s: %s", self._path, error)
             self._is_here = False

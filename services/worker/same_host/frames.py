@@ -8,9 +8,6 @@ time. A stream may be WINDOW messages ahead of who reads it: MORE from the proxy
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import socket
 import struct
 from enum import IntEnum
 from pathlib import Path
@@ -25,9 +22,6 @@ MAX_BYTES = 64 << 20
 WINDOW = 64
 #: Of an actor's, all of them random: a Unix socket's path may have 107 bytes.
 ID_DIGITS = 16
-_PEER = struct.Struct("3i")
-
-log = logging.getLogger(__name__)
 
 
 class Kind(IntEnum):
@@ -55,14 +49,6 @@ def path_of(actor_id: str) -> Path:
     """Where the replica that is the actor `actor_id` (hexadecimal) listens, beside the sockets of Ray itself."""
     here = ray.get_runtime_context()
     return Path(here.get_temp_dir(), here.get_session_name(), "sockets", f"replica-{actor_id[:ID_DIGITS]}")
-
-
-def is_same_user(peer: socket.socket) -> bool:
-    """Whether the other end belongs to this process's user: the kernel says so. Both ends unpickle what they get."""
-    _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    if uid != os.geteuid():
-        log.warning("a connection with user %d is refused by user %d", uid, os.geteuid())
-    return uid == os.geteuid()
 
 
 class Connection(asyncio.Protocol):

@@ -16,7 +16,8 @@ import ray
 from ray.serve._private import replica
 from ray.serve.generated.serve_pb2 import ASGIRequest
 
-from services.worker.same_host.frames import COUNT, WINDOW, Connection, Kind, is_same_user, path_of
+from kvstore.arena import is_own_user
+from services.worker.same_host.frames import COUNT, WINDOW, Connection, Kind, path_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Guest(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if not is_same_user(transport.get_extra_info("socket")):
+        if not is_own_user(transport.get_extra_info("socket")):
             self._transport.abort()
 
     def received(self, kind: Kind, call: int, payload: bytes) -> None:
