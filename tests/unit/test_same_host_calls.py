@@ -74,7 +74,7 @@ def run_in(make, path, test) -> None:
             await test(servicer, stub)
         if stub._line:
             stub._line._transport.abort()
-        await opened.close()
+        (await opened._opening).close()
 
     with asyncio.Runner(loop_factory=make) as runner:
         runner.run(whole())
@@ -162,7 +162,8 @@ def test_a_servicer_that_fails_is_an_error_of_the_call(run):
 
 def test_a_replica_that_is_gone_is_unavailable_and_then_called_over_grpc(run):
     async def test(servicer, stub) -> None:
-        call = stub.HandleRequestWithRejection(ASGIRequest(request_args=b"never"))
+        call, other = (stub.HandleRequestWithRejection(ASGIRequest(request_args=b"never")) for _ in range(2))
+        call.add_done_callback(lambda _: other.cancel())
         await call.initial_metadata()
         line = stub._line
         stub._path.unlink()

@@ -99,7 +99,7 @@ class Line(Connection):
 
     def forget(self, number: int) -> None:
         """Nobody waits for the rest of a call."""
-        del self._calls[number]
+        self._calls.pop(number, None)
 
     def received(self, kind: Kind, call: int, payload: bytes) -> None:
         asked = self._calls.get(call)
@@ -115,9 +115,9 @@ class Line(Connection):
             asked.end(failure(grpc.StatusCode.INTERNAL, payload.decode()) if kind is Kind.FAILED else None)
 
     def ended(self) -> None:
-        for call in self._calls.values():
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
             call.end(failure(grpc.StatusCode.UNAVAILABLE, "the replica's end of the connection is closed"))
-        self._calls.clear()
 
 
 def failure(code: grpc.StatusCode, details: str) -> AioRpcError:

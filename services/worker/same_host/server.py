@@ -46,7 +46,7 @@ def open_beside_grpc() -> None:
 
 
 class Server:
-    """Listens on the Unix socket `path`, open to its own user alone, until the process ends or `close`, in the running loop.
+    """Listens on the Unix socket `path`, open to its own user alone, until the process ends, in the running loop.
 
     Raises
     ------
@@ -66,10 +66,6 @@ class Server:
         listener.setblocking(False)
         loop = asyncio.get_running_loop()
         self._opening = loop.create_task(loop.create_unix_server(lambda: Guest(servicer), sock=listener))
-
-    async def close(self) -> None:
-        """Take no more connections."""
-        (await self._opening).close()
 
 
 class Guest(Connection):
