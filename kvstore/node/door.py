@@ -140,6 +140,7 @@ class DoorServer:
                     async with asyncio.timeout_at(guest.write_ends):
                         request = await inbox.message()
                     await guest.serve(*request)
+                    del request  # its view keeps the memory that it lies in, however large, while the guest rests
             except (ConcertinaError, OSError, TimeoutError, struct.error) as error:
                 log.debug("a guest of the door left: %s", error)
             finally:

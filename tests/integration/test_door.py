@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+import tracemalloc
 from contextlib import asynccontextmanager
 
 import pytest
@@ -17,6 +18,7 @@ from kvstore.client.shared import SharedMemory
 from kvstore.credentials import Caller, Credentials
 from kvstore.errors import ConcertinaError
 from kvstore.metadata import InprocMetadata
+from kvstore.node import inbox
 from kvstore.node.config import NodeConfig
 from kvstore.node.node import StoreNode
 from tests.client_support import NAMESPACE, chain
@@ -139,6 +141,17 @@ async def test_a_block_that_goes_while_it_is_copied_is_a_miss(size, monkeypatch)
         monkeypatch.setattr(SharedMemory, "sound", late)
         assert not (await fetch(client, hits)).blocks
         node.engine.check()
+
+
+async def test_a_connection_that_rests_has_given_up_the_room_for_payloads():
+    async with store("tcp") as (_, client):
+        tracemalloc.start()
+        try:
+            await stored(client, chain(3, MIB))
+            held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, inbox.__file__)])
+        finally:
+            tracemalloc.stop()
+        assert held.traces and max(trace.size for trace in held.traces) < inbox.LARGE_BYTES
 
 
 async def test_the_door_is_refused_across_users(monkeypatch):
