@@ -7,7 +7,7 @@ node as a Get or two and, seconds later, as a Put or more.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from kvstore.clock import Clock
 from kvstore.eviction.base import Request
@@ -51,8 +51,9 @@ class Requests:
         self.count += 1
         return Request(next(self._numbers), now, input_tokens)
 
-    def used(self, request: Request, ids: Iterable[bytes]) -> None:
+    def used(self, request: Request, ids: Sequence[bytes]) -> None:
         """Note that the request used or wrote these blocks."""
-        if 2 * len(self._recent) >= MAX_BLOCKS or request.now - self._since > JOIN_S:
+        ids = ids[-(MAX_BLOCKS // 2) :]
+        if 2 * (len(self._recent) + len(ids)) > MAX_BLOCKS or request.now - self._since > JOIN_S:
             self._older, self._recent, self._since = self._recent, {}, request.now
         self._recent.update(dict.fromkeys(ids, request))

@@ -88,6 +88,11 @@ def test_blocks_that_no_call_can_join_are_forgotten(monkeypatch) -> None:
         requests.used(requests.begin(1000), [b"e%d" % number])
         clock.advance(61.0)
     assert len(requests) == 2, "what is older than any call can join"
+    for number in range(20):
+        ids = [b"f%d %d" % (number, at) for at in range(number)]
+        requests.used(last := requests.begin(1000), ids)
+        assert len(requests) <= 4
+        assert not ids or requests.begin(1000, ids[-1]).seq == last.seq
 
 
 def test_a_block_below_the_waterline_is_not_admitted_but_remembered() -> None:

@@ -67,14 +67,14 @@ def run_in(make, path, test) -> None:
 
     async def whole() -> None:
         servicer = Servicer()
-        opened = server.Server(servicer, path)
+        opened = server.listen(servicer, path)
         assert path.stat().st_mode & 0o777 == 0o600
         stub = calls.Stub(path, Distant)
         async with asyncio.timeout(DEADLINE_S):
             await test(servicer, stub)
         if stub._line:
             stub._line._transport.abort()
-        (await opened._opening).close()
+        (await opened).close()
 
     with asyncio.Runner(loop_factory=make) as runner:
         runner.run(whole())

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128
 #: For as long as the process runs.
-_OPEN: list[Server] = []
+_OPEN: list[asyncio.Task[asyncio.Server]] = []
 
 
 def open_beside_grpc() -> None:
@@ -38,34 +38,32 @@ def open_beside_grpc() -> None:
         add(servicer, server)
         path = path_of(ray.get_runtime_context().get_actor_id())
         try:
-            _OPEN.append(Server(servicer, path))
+            _OPEN.append(listen(servicer, path))
         except OSError as error:
             log.warning("this replica is called over gRPC alone: %s: %s", path, error)
 
     replica.add_ASGIServiceServicer_to_server = both
 
 
-class Server:
-    """Listens on the Unix socket `path`, open to its own user alone, until the process ends, in the running loop.
+def listen(servicer: Any, path: Path) -> asyncio.Task[asyncio.Server]:
+    """Take connections on the Unix socket `path`, open to its own user alone, for as long as what is returned is kept.
 
     Raises
     ------
     OSError
         Where the path is taken, too long or no place for a socket.
     """
-
-    def __init__(self, servicer: Any, path: Path) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        try:
-            listener.bind(str(path))
-            path.chmod(0o600)
-            listener.listen(BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-        listener.setblocking(False)
-        loop = asyncio.get_running_loop()
-        self._opening = loop.create_task(loop.create_unix_server(lambda: Guest(servicer), sock=listener))
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    loop = asyncio.get_running_loop()
+    return loop.create_task(loop.create_unix_server(lambda: Guest(servicer), sock=listener))
 
 
 class Guest(Connection):
