@@ -18,8 +18,9 @@ _PEER = struct.Struct("3i")  # pid, uid, gid
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES = 256 << 20
 HEAP_PIECE_BYTES = 32 << 20
-#: Heaps that threads share. With one a thread, frames leave holes in each, and the process grows with every thread that ever had one.
-HEAPS = 2
+#: Heaps that threads share. With one a thread, frames leave holes in each; and of every heap but the first, glibc gives back holes alone,
+#: never the free memory at its end.
+HEAPS = 1
 MAX_OPEN_FILES = 1 << 16
 
 
