@@ -6,12 +6,12 @@ the count from the newest on reaches n, would have been a hit; of the request wh
 That costs a comparison a touched block, and agrees with a replay of `lru` to the block.
 
 The account of both is kept in blocks and never forgets a loss. What the learnt order may lose is a share of all blocks asked for, some of
-it in advance (more where recency misses much that could be hit), and what it gained before; it *risks* what it lacks: blocks that recency
-would hold and the real store does not. Each of them can cost one hit at most, because chains are given up from their tails, and then it
-is there again. When the risk has reached what may be lost, recency leads: blocks that it would hold are given up last, so that the store
-becomes recency's own as its blocks come back, and the loss stays at about the bound, whatever the traffic. Most of what is lacking is
-never asked for while recency would hold it; its share is observed, and the risk is that share of it. Nodes of a cluster keep one account:
-each tells the others what it may lose and risks.
+it in advance (more where it gains on `trial`), and what it gained before; it *risks* what it lacks: blocks that recency would hold and the
+real store does not. Each of them can cost one hit at most, because chains are given up from their tails, and then it is there again. When
+the risk has reached what may be lost, recency leads: blocks that it would hold are given up last, so that the store becomes recency's own
+as its blocks come back, and the loss stays at about the bound, whatever the traffic. Most of what is lacking is never asked for while
+recency would hold it; its share is observed, and the risk is that share of it. Nodes of a cluster keep one account: each tells the others
+what it may lose and risks.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from struct import Struct
 from ..errors import InvalidInputError
 
 #: Share of all blocks asked for that the learnt order may be behind.
-_ALLOWED = 0.0042
-#: Mean requests of that which are allowed from the start: what the first 240 requests bring.
-_ADVANCED = 1.0
-#: Share that is advanced, too, of what recency misses though it was asked for before, up to what it hits: there is more to win than to
-#: lose. Below the second share, of all that was asked for before, there is not. No more than so many mean requests: all advances are
-#: paid back by what the first 1,430 requests bring.
-_LENT, _LENT_FROM, _LENT_REQUESTS = 0.2, 0.25, 5.0
+_ALLOWED = 0.004
+#: Mean requests of that which are allowed from the start, of one store: what the first 63 requests bring; and of each of several nodes,
+#: whose trials show less: what a node has dropped comes to another next time.
+_ADVANCED, _ADVANCED_OF_MANY = 0.25, 1.0
+#: Share that is advanced, too, of what the learnt order has gained on trial, but no more than so many mean requests: all advances are
+#: paid back by what the first 500 requests bring.
+_LENT, _LENT_REQUESTS = 0.35, 1.75
 #: A gain counts up to so many times what there is room for: all of that is at risk at most, and better times do not count for ever.
 _SAVED_ROOMS = 4
 #: What leads goes on leading until the risk is down to this share of what may be lost.
 _CALM = 0.5
 #: Weight of "all that is lacking will be asked for", in mean requests.
-_WARY_REQUESTS = 6.0
+_WARY_REQUESTS = 16.0
 #: Times that differ by less are one: ghosts remember theirs to a millisecond.
 _SAME_S = 0.002
 #: Rows kept before the cutoff, should the room grow.
@@ -55,9 +55,17 @@ class Rival:
         A block last used at `cutoff` or later would be held; of those at `edge` or later the ones above depth `spare`.
     leads : bool
         Whether what recency would hold is to be given up last.
+    gained : int
+        Blocks hit beyond what recency would have hit.
+
+    Parameters
+    ----------
+    watches : bool
+        Whether recency never leads and is only counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watches: bool = False) -> None:
+        self._watches = watches
         self.cutoff = self.edge = -inf
         self.spare = 0
         self.leads = False
@@ -68,10 +76,11 @@ class Rival:
         self._held = self._lacking = 0  # blocks in the rows from there on, and those of them that left the store
         self._room = 0
         self._asked = self._requests = 0
-        self._known = self._recency_hits = 0  # of what was asked: blocks that were asked for before, and hits of recency
+        self.gained = self._gained_on_trial = 0
         self._ahead = 0.0  # hits beyond recency's, and the share of what was asked that may be lost
         self._allowed = self._risk = 0.0  # what may be lost and what is at risk, when last compared
         self._others = 0.0, 0.0  # the same of other nodes
+        self._advanced = _ADVANCED
         self._returned = self._expired = 0  # blocks once lacking that were asked for in time, and that recency would have dropped
 
     def left(self, time: float, blocks: int, gone: int = 0) -> None:
@@ -138,15 +147,20 @@ class Rival:
         # What is left of the edge's chain is its deeper part: what was used again since stands in a later row.
         self.spare = self._lengths[first - 1] - self._beyond() if first else 0
 
-    def judge(self, asked: int, hits: int, rival_hits: int, begins: bool = True, known: int = 0) -> bool:
-        """Count a request for `asked` blocks, or a further part of one unless it `begins`; True if the lead has changed hands.
+    @property
+    def lends(self) -> bool:
+        """Whether a gain on trial could still change what may be lost."""
+        return _ALLOWED * self._asked <= (self._advanced + _LENT_REQUESTS) * self._request
 
-        Of the blocks the first `known` were asked for before.
-        """
+    def lend(self, gained: int) -> None:
+        """On trial the learnt order has hit so many blocks beyond recency; counts from the next `judge` on."""
+        self._gained_on_trial = gained
+
+    def judge(self, asked: int, hits: int, rival_hits: int, begins: bool = True) -> bool:
+        """Count a request for `asked` blocks, or a further part of one unless it `begins`; True if the lead has changed hands."""
         self._asked += asked
         self._requests += begins
-        self._known += max(known, rival_hits)
-        self._recency_hits += rival_hits
+        self.gained += hits - rival_hits
         self._ahead = min(self._ahead + hits - rival_hits + _ALLOWED * asked, _SAVED_ROOMS * self._room)
         return self._settle()
 
@@ -157,6 +171,12 @@ class Rival:
     def heed(self, accounts: Sequence[tuple[float, float]]) -> None:
         """Keep one account with these other nodes, in place of those before: the bound is the cluster's."""
         self._others = sum(allowed for allowed, _ in accounts), sum(risk for _, risk in accounts)
+        self._advanced = _ADVANCED_OF_MANY if accounts else _ADVANCED
+
+    @property
+    def _request(self) -> float:
+        """Blocks of a mean request."""
+        return self._asked / max(self._requests, 1)
 
     def _beyond(self) -> int:
         """Blocks of the edge's row that there is no room for."""
@@ -164,14 +184,15 @@ class Rival:
 
     def _settle(self) -> bool:
         """Compare what is at risk with what may be lost; True if the lead has changed hands."""
-        request = self._asked / max(self._requests, 1)
+        if self._watches:
+            return False
+        request = self._request
         lacking = self._lacking
         if self._first:
             lacking += max(self._gone[self._first - 1] - self._beyond(), 0)
         wary = _WARY_REQUESTS * request
         self._risk = lacking * (self._returned + wary) / max(self._returned + self._expired + wary, 1.0)
-        chances = min(self._known - self._recency_hits, self._recency_hits) - _LENT_FROM * self._known
-        advanced = _ADVANCED * request + min(_LENT * max(chances, 0.0), _LENT_REQUESTS * request)
+        advanced = self._advanced * request + min(_LENT * max(self._gained_on_trial, 0), _LENT_REQUESTS * request)
         self._allowed = self._ahead + max(advanced - _ALLOWED * self._asked, 0.0)
         allowed, risk = self._others
         led = self.leads

@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -39,10 +40,11 @@ from .classes import (
     size_of,
 )
 from .ghosts import Ghosts
-from .ladder import Step
+from .ladder import Step, StepTable
 from .reuse import EDGES_S, ReuseModel
 from .rival import ACCOUNT_BYTES, Rival, parse_account
 from .table import NONE, BlockTable
+from .trial import Trial
 
 #: The first rounds of learning come sooner: after so many requests, then each time there are a quarter more.
 _FIRST_ROUND = 10
@@ -51,7 +53,13 @@ _RUNG_BITS = 8
 
 
 class ValuePolicy(EvictionPolicy):
-    """Learns the value of every class and age; takes the cheapest step of all."""
+    """Learns the value of every class and age; takes the cheapest step of all.
+
+    Parameters
+    ----------
+    on_trial : bool
+        Whether there is no store behind it, so that recency need never lead (`trial`).
+    """
 
     name: ClassVar[str] = "value"
 
@@ -72,7 +80,7 @@ class ValuePolicy(EvictionPolicy):
         ghosts_per_block: float = 4.0
         memory: float = 1.0
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, on_trial: bool = False) -> None:
         super().__init__(config)
         self.table = BlockTable()
         self.model = ReuseModel(TRAITS, memory=self.config.memory)
@@ -80,8 +88,9 @@ class ValuePolicy(EvictionPolicy):
         self._used_at = array("d")
         self._state = array("I")
         self._ghosts = Ghosts(self.config.ghosts_per_block)
-        self._candidates = Candidates(self._curve, self._used_at, self.table.depth)
-        self._rival = Rival()
+        self._candidates = Candidates(partial(_curve, self.model, self.table.steps), self._used_at, self.table.depth)
+        self.rival = Rival(watches=on_trial)
+        self._trial = None if on_trial else Trial(ValuePolicy(config, on_trial=True))
         self._requests = self._touched = self._all_requests = 0
         self._seq: int | None = None
         self._base: int | None = None  # class of the request under way for blocks used once
@@ -101,10 +110,13 @@ class ValuePolicy(EvictionPolicy):
             self._all_requests += 1
         if not blocks:
             return
+        if self._trial is not None:
+            self.rival.lend(self._trial.access(request, blocks, self.table.size))
+            self._trial = self._trial if self.rival.lends else None
         now = self._now
-        self._rival.fit(round(self.table.size))
+        self.rival.fit(round(self.table.size))
         slots, known = self._enter(blocks, now, begins)
-        self._rival.came(now, len(blocks), blocks[-1].depth + 1)
+        self.rival.came(now, len(blocks), blocks[-1].depth + 1)
         new_tokens = math.ceil(request.input_tokens * (len(blocks) - known) / (blocks[-1].depth + 1))
         # A request may come in parts. Where one begins with new blocks, the block before them may be new itself: only their length is news.
         if known or self._base is None:
@@ -120,7 +132,7 @@ class ValuePolicy(EvictionPolicy):
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
-        self._candidates.kept_from = self._rival.edge if self._rival.leads else math.inf
+        self._candidates.kept_from = self.rival.edge if self.rival.leads else math.inf
         found = self._candidates.cheapest(now if now > self._now else self._now)
         if found is None:
             return None
@@ -129,7 +141,7 @@ class ValuePolicy(EvictionPolicy):
         return Victim(self.table.ids[slot], step.rung, value)
 
     def worth(self, request: Request, block: BlockInfo) -> float:
-        if self._rival.leads:
+        if self.rival.leads:
             return math.inf  # recency holds whatever is used now
         ghost = self._ghosts.find(block.id)
         count = 1 if ghost is None else (ghost[0] >> USES_AT & 0xF) + 1
@@ -152,12 +164,14 @@ class ValuePolicy(EvictionPolicy):
         return self.table.census(values, slots)
 
     def lessons(self) -> bytes:
-        return self.model.lessons() + self._rival.account()
+        return self.model.lessons() + self.rival.account()
 
     def heed(self, lessons: Sequence[bytes]) -> None:
         accounts = [parse_account(lesson[-ACCOUNT_BYTES:]) for lesson in lessons]
         self.model.heed([lesson[:-ACCOUNT_BYTES] for lesson in lessons])
-        self._rival.heed(accounts)
+        self.rival.heed(accounts)
+        if self._trial is not None:
+            self._trial.learnt.heed(lessons)
 
     def removed(self, id: BlockId) -> None:
         slot = self._find(id)
@@ -166,7 +180,7 @@ class ValuePolicy(EvictionPolicy):
         forgotten = self._ghosts.remember(id, self._state[slot], self._used_at[slot], self.table.count)
         if forgotten is not None:
             self._forget(*forgotten)
-        if self._rival.gone(self._used_at[slot]):
+        if self.rival.gone(self._used_at[slot]):
             self._candidates.stale()
         parent = self.table.remove(slot)
         if parent >= 0 and self._is_alike(slot, parent):
@@ -225,7 +239,7 @@ class ValuePolicy(EvictionPolicy):
         table, used_at, states, candidates = self.table, self._used_at, self._state, self._candidates
         ids, parents, resident, listed = table.ids, table.parent, table.resident, candidates.listed
         slots, known, slot = [0] * len(blocks), 0, NONE
-        rival, hits, rival_hits = self._rival, 0, 0
+        rival, hits, rival_hits = self.rival, 0, 0
         cutoff, edge, spare = rival.cutoff, rival.edge, rival.spare
         last, last_state, run = now, 0, 0  # time, and class and size, of a run of blocks, which is counted at once
         for index in range(len(blocks) - 1, -1, -1):  # children first, so that what has one is no candidate
@@ -245,7 +259,7 @@ class ValuePolicy(EvictionPolicy):
                     slots[index] = slot
                     continue
                 states[slot], used_at[slot] = ghost
-                self._rival.left(ghost[1], 0, 1)
+                self.rival.left(ghost[1], 0, 1)
             before, state = used_at[slot], states[slot]
             held = before >= cutoff or (before >= edge and block.depth < spare)
             rival_hits = (rival_hits or index + 1) if held else 0
@@ -256,7 +270,7 @@ class ValuePolicy(EvictionPolicy):
             slots[index] = slot
             known = known or index + 1
         self._count(last_state, last, run, now)
-        if rival.judge(len(blocks), hits, rival_hits, begins, known):
+        if rival.judge(len(blocks), hits, rival_hits, begins):
             candidates.stale()
         return slots, known
 
@@ -282,7 +296,7 @@ class ValuePolicy(EvictionPolicy):
         """So many blocks of one class that were last used at one time, by a prompt of one size, are used now."""
         if blocks:
             self.model.used(state & 0xFF, now - before if before < now else 0.0, blocks * WEIGHTS[state >> SIZE_AT])
-            self._rival.left(before, blocks)
+            self.rival.left(before, blocks)
 
     def _forget(self, state: int, time: float) -> None:
         """Note that a ghost was forgotten. Those of blocks that left in a row are forgotten in a row, and are counted at once."""
@@ -298,7 +312,7 @@ class ValuePolicy(EvictionPolicy):
         if blocks:
             weight = blocks * WEIGHTS[state >> SIZE_AT]
             self.model.forgot(state & 0xFF, self._now - time if time < self._now else 0.0, weight)
-            self._rival.left(time, blocks, blocks)
+            self.rival.left(time, blocks, blocks)
             self._forgotten = state, time, 0
 
     def _situation(self, before: int, input_tokens: int, new_tokens: int, now: float) -> tuple[int, int, int]:
@@ -352,11 +366,6 @@ class ValuePolicy(EvictionPolicy):
         if not table.children[slot] or table.steps.rows[shape][rung].rung is not None:
             self._candidates.add(((self._state[slot] & 0xFF) << 8 | shape) << _RUNG_BITS | rung, (slot,))
 
-    def _curve(self, key: int) -> tuple[Sequence[float], Step]:
-        """What `Candidates` asks for: values by age bucket of the blocks with this key, and their next step."""
-        rung, shape = key & (1 << _RUNG_BITS) - 1, key >> _RUNG_BITS & 0xFF
-        return self.model.values[key >> _RUNG_BITS + 8], self.table.steps.rows[shape][rung]
-
     def _is_round_due(self) -> bool:
         requests = min(self.config.learn_requests, max(_FIRST_ROUND, self._all_requests // 4))
         return self._requests >= requests and self._touched >= 8 * _FIRST_ROUND
@@ -379,3 +388,9 @@ class ValuePolicy(EvictionPolicy):
                 weights = np.array(WEIGHTS)[state >> SIZE_AT] * (count / len(state))
                 waiting += np.bincount((state & 0xFF).astype(np.int64) * shape[1] + age, weights, minlength=len(waiting))
         return waiting.reshape(shape)
+
+
+def _curve(model: ReuseModel, steps: StepTable, key: int) -> tuple[Sequence[float], Step]:
+    """What `Candidates` asks for: values by age bucket of the blocks with this key, and their next step."""
+    rung, shape = key & (1 << _RUNG_BITS) - 1, key >> _RUNG_BITS & 0xFF
+    return model.values[key >> _RUNG_BITS + 8], steps.rows[shape][rung]

@@ -56,7 +56,7 @@ def test_a_store_for_everything_hits_whatever_came_before(trace: Trace, name: st
 
 @pytest.mark.parametrize("name", ["lru", "value"])
 def test_a_ladder_hits_more_and_weighs_less(trace: Trace, name: str) -> None:
-    capacity = capacity_of(trace, 0.05)
+    capacity = capacity_of(trace, 0.1)
     plain, ladder = replay(trace, create(name), capacity), replay(trace, create(name), capacity, LADDER)
     assert ladder.demotions > 0 == plain.demotions
     assert ladder.hit_tokens > plain.hit_tokens == plain.quality_tokens

@@ -6,15 +6,17 @@ import random
 import struct
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvstore.errors import InvalidInputError
-from kvstore.eviction import create
+from kvstore.eviction import BlockInfo, Request, create
 from kvstore.eviction import replay as replays
 from kvstore.eviction.replay import capacity_of, replay
 from kvstore.eviction.rival import Rival, parse_account
 from kvstore.eviction.trace import Trace, read_trace
+from kvstore.eviction.value import ValuePolicy
 from tests import traffic
 
 DATA = Path(__file__).parent.parent / "data"
@@ -66,9 +68,10 @@ def test_the_account_is_that_of_a_store_in_order_of_recency(kind: str, share: fl
         found.append(count(*of))
         return found[-1]
 
-    def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool, known: int) -> bool:
-        told.append(rival_hits)
-        return judge(rival, asked, hits, rival_hits, begins, known)
+    def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
+        if not rival._watches:
+            told.append(rival_hits)
+        return judge(rival, asked, hits, rival_hits, begins)
 
     monkeypatch.setattr(replays, "count_hit", counted)
     monkeypatch.setattr(Rival, "judge", judged)
@@ -121,35 +124,65 @@ def test_recency_leads_while_what_it_would_hold_is_lacking_beyond_what_may_be_lo
     for second in range(1000):
         rival.came(float(second), 10, 10)
         rival.judge(10, 8, 8)
-    assert not any(rival.gone(990.0) for _ in range(41))
-    assert any(rival.gone(990.0) for _ in range(2)) and rival.leads, "42 blocks of 10,000 may be lost, and all lacking ones asked for"
-    for second in range(1000, 1600):
-        rival.came(float(second), 10, 10)
-        rival.judge(10, 8, 8)
-    assert not rival.leads, "recency itself would have dropped them by now"
-    lacking = 0
-    while not rival.leads:
-        rival.gone(1590.0)
-        lacking += 1
-    assert lacking > 100, "what was lacking was not asked for: the risk is a share of it"
+    assert not any(rival.gone(990.0) for _ in range(39))
+    assert any(rival.gone(990.0) for _ in range(2)) and rival.leads, "40 blocks of 10,000 may be lost, and all lacking ones asked for"
+    lacking = []
+    for begin in (1000, 1600):
+        for second in range(begin, begin + 600):
+            rival.came(float(second), 10, 10)
+            rival.judge(10, 8, 8)
+        assert not rival.leads, "recency itself would have dropped them by now"
+        lacking.append(0)
+        while not rival.leads:
+            rival.gone(begin + 590.0)
+            lacking[-1] += 1
+    assert 64 * 1.1 < lacking[0] < lacking[1] > 64 * 1.5, "what was lacking was not asked for: the risk is a share of it"
 
 
 @pytest.mark.parametrize("requests", [100, 2000])
-def test_more_may_be_lost_at_first_where_recency_misses_much_that_was_asked_for_before(requests: int) -> None:
+def test_what_was_gained_on_trial_may_be_lost_in_part_at_first(requests: int) -> None:
     lost = []
-    for known, recency in ((90, 45), (90, 80), (90, 5)):  # half of it, little, and nearly all: then it has nothing to lose either
+    for gained in (0, 400, 10_000, -400):
         rival, behind = Rival(), 0
         for _ in range(requests):
-            rival.judge(100, recency, recency, True, known)
+            rival.judge(100, 40, 40)
+        assert rival.lends == (requests == 100)
+        rival.lend(gained)
         while not rival.leads:
-            rival.judge(100, recency - 5, recency, True, known)
+            rival.judge(100, 35, 40)
             behind += 5
         lost.append(behind)
-    assert lost[1] == lost[2]
+    assert lost[0] == lost[3]
     if requests == 100:
-        assert 4 * lost[1] < lost[0] <= 600
+        assert lost[0] + 100 <= lost[1] <= lost[0] + 200 and lost[2] <= 210
     else:
-        assert lost[0] == lost[1], "what was advanced has been paid back"
+        assert lost == lost[:1] * 4, "what was advanced has been paid back"
+
+
+def test_recency_never_leads_a_policy_on_trial() -> None:
+    rival = Rival(watches=True)
+    for _ in range(100):
+        rival.judge(100, 0, 90)
+    assert not rival.leads and rival.gained == -9000
+
+
+def test_a_trial_holds_no_more_than_the_store_and_ends() -> None:
+    policy, trace = ValuePolicy(), made("chat")
+    capacity, trial, sizes = capacity_of(trace, 0.05), policy._trial, []
+    assert trial is not None
+    access = trial.learnt.access
+
+    def seen(*of: Any) -> None:
+        sizes.append(trial.learnt.table.size - policy.table.size)
+        access(*of)
+
+    trial.learnt.access = seen
+    replay(trace, policy, capacity)
+    assert len(sizes) == REQUESTS and max(sizes) <= 0
+    assert policy._trial is trial
+    for seq in range(REQUESTS, 2 * REQUESTS):
+        policy.access(Request(seq, 1e6 + seq), [BlockInfo(("new", seq), None, 0)])
+    assert policy._trial is None and len(sizes) < REQUESTS + 100, "what is advanced has been paid back"
 
 
 def test_the_bound_is_that_of_all_nodes_together() -> None:
@@ -182,7 +215,7 @@ def test_a_request_in_parts_counts_as_one() -> None:
         parts.judge(0, 0, max(rival_hits - 80, 0), False)
         led[0] += whole.leads
         led[1] += parts.leads
-    assert 200 < led[0] < 400 and abs(led[0] - led[1]) <= 10
+    assert 200 < led[0] < 450 and abs(led[0] - led[1]) <= 10
 
 
 @pytest.mark.parametrize("kind", traffic.KINDS)
@@ -190,14 +223,11 @@ def test_value_is_hardly_ever_half_a_point_below_recency(kind: str) -> None:
     for share in (0.05, 0.2):
         found = [ahead(made(kind, seed), share) for seed in SEEDS]
         assert sum(found) / len(found) > -0.01, share
-        assert all(one > -BOUND for one in found[:2]), (share, found)  # of the third, slow agents at 5 % are .9 below, phases at 20 % 1.0
+        assert all(one > -BOUND for one in found[:2]) and found[2] > -1.1 * BOUND, (share, found)  # phases at 20 % are .53 below
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 0.2, 0.3, 0.5])
 def test_nor_on_real_traffic_in_any_room(share: float) -> None:
     trace = read_trace(DATA / "conversation_400.jsonl.gz")
     assert ahead(trace, share) > -BOUND
-    # So few of so unlike lengths that what is allowed from the start, one request, is more than half a point.
-    trace = read_trace(DATA / "agentic_150.jsonl.gz")
-    longest = max(trace.part(0, stop).references / stop for stop in range(1, 150))
-    assert ahead(trace, share) > -BOUND - longest / trace.references
+    assert ahead(read_trace(DATA / "agentic_150.jsonl.gz"), share) > -BOUND

@@ -38,5 +38,5 @@ def test_recency_gives_up_the_end_of_a_request_in_parts_before_its_beginning() -
             policy.removed(block.id)
         policy.access(Request(2, 20.0, 5 * TOKENS), other)
         policy.access(Request(3, 30.0, 40 * TOKENS), chain)
-        found.append(policy._rival._recency_hits)
-    assert found == [25, 25, 25]
+        found.append(policy.rival.gained)
+    assert found == [0, 0, 0], "25 were there and are hit, and recency has 25"

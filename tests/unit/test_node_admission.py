@@ -143,7 +143,7 @@ def test_what_is_only_told_of_was_asked_for_by_the_same_request_and_is_known_whe
     policy = node.engine.policy
     assert len(node.engine.table) == len(policy.table) == 4
     assert all(policy._ghosts.find(header.key) for header in chain[5:])
-    assert (policy._rival._asked, policy._rival._requests) == (7, 1), "all but the one for which no room could be made"
+    assert (policy.rival._asked, policy.rival._requests) == (7, 1), "all but the one for which no room could be made"
 
 
 def test_the_waterline_is_that_of_all_nodes() -> None:
