@@ -57,15 +57,12 @@ class Rival:
         Whether what recency would hold is to be given up last.
     gained : int
         Blocks hit beyond what recency would have hit.
-
-    Parameters
-    ----------
     watches : bool
-        Whether recency never leads and is only counted.
+        Whether recency never leads and is only counted; set by who owns this.
     """
 
-    def __init__(self, watches: bool = False) -> None:
-        self._watches = watches
+    def __init__(self) -> None:
+        self.watches = False
         self.cutoff = self.edge = -inf
         self.spare = 0
         self.leads = False
@@ -150,7 +147,7 @@ class Rival:
     @property
     def lends(self) -> bool:
         """Whether a gain on trial could still change what may be lost."""
-        return _ALLOWED * self._asked <= (self._advanced + _LENT_REQUESTS) * self._request
+        return not self.watches and _ALLOWED * self._asked <= (self._advanced + _LENT_REQUESTS) * self._request
 
     def lend(self, gained: int) -> None:
         """On trial the learnt order has hit so many blocks beyond recency; counts from the next `judge` on."""
@@ -184,7 +181,7 @@ class Rival:
 
     def _settle(self) -> bool:
         """Compare what is at risk with what may be lost; True if the lead has changed hands."""
-        if self._watches:
+        if self.watches:
             return False
         request = self._request
         lacking = self._lacking

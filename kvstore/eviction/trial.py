@@ -1,14 +1,15 @@
 """The learnt order, tried in a store that holds no bytes.
 
 While it knows little, the learnt order may lose much against recency, or win much: `rival` must not let the store follow it far, and
-would so never see what it is worth. So at first it also runs alone, in as much room as the store has, on the same requests. What it wins
-there costs nothing to know, and a part of it is what the store may risk. (To choose between policies by what each would have hit is the
-way of ACME, Ari et al., 2002.) A trial takes as much time and memory as the policy itself, and so is ended when
+would so never see what it is worth. So from the first block that has to leave it also runs alone, in as much room as the store has, on the
+same requests. What it wins there costs nothing to know, and a part of it is what the store may risk. (To choose between policies by what
+each would have hit is the way of ACME, Ari et al., 2002.) A trial takes as much time and memory as the policy itself, and so ends when
 what it could win could not change anything any more.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,11 @@ _STEPS_PER_BLOCK, _STEPS = 4, 64
 
 
 class Trial:
-    """A policy of its own, which recency never leads, and its own store, of which there is nothing but the policy's table."""
+    """A copy of a policy, which recency never leads, and its own store, of which there is nothing but the policy's table."""
 
-    def __init__(self, learnt: ValuePolicy) -> None:
-        self.learnt = learnt
+    def __init__(self, policy: ValuePolicy) -> None:
+        self.learnt = copy.deepcopy(policy)
+        self.learnt.rival.watches = True
 
     def access(self, request: Request, blocks: Sequence[BlockInfo], room: float) -> int:
         """The store has room for `room` whole blocks. Answers the blocks hit so far beyond what recency would have hit."""

@@ -53,13 +53,7 @@ _RUNG_BITS = 8
 
 
 class ValuePolicy(EvictionPolicy):
-    """Learns the value of every class and age; takes the cheapest step of all.
-
-    Parameters
-    ----------
-    on_trial : bool
-        Whether there is no store behind it, so that recency need never lead (`trial`).
-    """
+    """Learns the value of every class and age; takes the cheapest step of all."""
 
     name: ClassVar[str] = "value"
 
@@ -80,7 +74,7 @@ class ValuePolicy(EvictionPolicy):
         ghosts_per_block: float = 4.0
         memory: float = 1.0
 
-    def __init__(self, config: Config | None = None, on_trial: bool = False) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
         self.table = BlockTable()
         self.model = ReuseModel(TRAITS, memory=self.config.memory)
@@ -89,8 +83,8 @@ class ValuePolicy(EvictionPolicy):
         self._state = array("I")
         self._ghosts = Ghosts(self.config.ghosts_per_block)
         self._candidates = Candidates(partial(_curve, self.model, self.table.steps), self._used_at, self.table.depth)
-        self.rival = Rival(watches=on_trial)
-        self._trial = None if on_trial else Trial(ValuePolicy(config, on_trial=True))
+        self.rival = Rival()
+        self._trial: Trial | None = None
         self._requests = self._touched = self._all_requests = 0
         self._seq: int | None = None
         self._base: int | None = None  # class of the request under way for blocks used once
@@ -132,6 +126,8 @@ class ValuePolicy(EvictionPolicy):
             self._learn(now)
 
     def victim(self, now: float) -> Victim | None:
+        if self._trial is None and self.rival.lends:
+            self._trial = Trial(self)
         self._candidates.kept_from = self.rival.edge if self.rival.leads else math.inf
         found = self._candidates.cheapest(now if now > self._now else self._now)
         if found is None:
@@ -201,12 +197,16 @@ class ValuePolicy(EvictionPolicy):
         self.demoted(id, 0)
 
     def hold(self, id: BlockId) -> None:
+        if self._trial is not None:
+            self._trial.learnt.hold(id)
         self.table.hold(id)
         slot = self.table.find(id)
         if slot >= 0:
             self._candidates.remove(slot)
 
     def release(self, id: BlockId) -> None:
+        if self._trial is not None:
+            self._trial.learnt.release(id)
         if self.table.release(id):
             slot = self.table.find(id)
             if slot >= 0:

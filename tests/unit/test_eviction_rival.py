@@ -16,6 +16,7 @@ from kvstore.eviction import replay as replays
 from kvstore.eviction.replay import capacity_of, replay
 from kvstore.eviction.rival import Rival, parse_account
 from kvstore.eviction.trace import Trace, read_trace
+from kvstore.eviction.trial import Trial
 from kvstore.eviction.value import ValuePolicy
 from tests import traffic
 
@@ -69,7 +70,7 @@ def test_the_account_is_that_of_a_store_in_order_of_recency(kind: str, share: fl
         return found[-1]
 
     def judged(rival: Rival, asked: int, hits: int, rival_hits: int, begins: bool) -> bool:
-        if not rival._watches:
+        if not rival.watches:
             told.append(rival_hits)
         return judge(rival, asked, hits, rival_hits, begins)
 
@@ -160,26 +161,27 @@ def test_what_was_gained_on_trial_may_be_lost_in_part_at_first(requests: int) ->
 
 
 def test_recency_never_leads_a_policy_on_trial() -> None:
-    rival = Rival(watches=True)
+    rival = Rival()
+    rival.watches = True
     for _ in range(100):
         rival.judge(100, 0, 90)
     assert not rival.leads and rival.gained == -9000
 
 
-def test_a_trial_holds_no_more_than_the_store_and_ends() -> None:
-    policy, trace = ValuePolicy(), made("chat")
-    capacity, trial, sizes = capacity_of(trace, 0.05), policy._trial, []
-    assert trial is not None
-    access = trial.learnt.access
+def test_a_trial_begins_under_pressure_holds_no_more_than_the_store_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, trace, sizes = ValuePolicy(), made("chat"), []
+    access = Trial.access
 
-    def seen(*of: Any) -> None:
-        sizes.append(trial.learnt.table.size - policy.table.size)
-        access(*of)
+    def seen(trial: Trial, *of: Any) -> int:
+        gained = access(trial, *of)
+        sizes.append((trial.learnt.table.size, of[2] + len(of[1])))
+        return gained
 
-    trial.learnt.access = seen
-    replay(trace, policy, capacity)
-    assert len(sizes) == REQUESTS and max(sizes) <= 0
-    assert policy._trial is trial
+    monkeypatch.setattr(Trial, "access", seen)
+    replay(trace, ValuePolicy(), trace.distinct_blocks)
+    assert not sizes, "there is nothing to be won where nothing has to leave"
+    replay(trace, policy, capacity_of(trace, 0.05))
+    assert 0.8 * REQUESTS < len(sizes) < REQUESTS and all(size <= room for size, room in sizes)
     for seq in range(REQUESTS, 2 * REQUESTS):
         policy.access(Request(seq, 1e6 + seq), [BlockInfo(("new", seq), None, 0)])
     assert policy._trial is None and len(sizes) < REQUESTS + 100, "what is advanced has been paid back"
