@@ -26,7 +26,9 @@ class Trial:
     """A copy of a policy, which recency never leads, and its own store, of which there is nothing but the policy's table."""
 
     def __init__(self, policy: ValuePolicy) -> None:
-        self.learnt = copy.deepcopy(policy)
+        table = policy.table
+        flat = {id(column): column[:] for column in (table.ids, table.children, table.depth)}  # what would take a call for each block
+        self.learnt = copy.deepcopy(policy, flat)
         self.learnt.rival.watches = True
 
     def access(self, request: Request, blocks: Sequence[BlockInfo], room: float) -> int:
