@@ -49,11 +49,14 @@ async def steal_address(cluster: Cluster) -> None:
     if place is None or place.startswith("thief"):
         return
     member = cluster.members[place]
+    if not member.server.listens:  # it was stolen already
+        return
     member.server.close()
-    thief = await cluster.start_node(f"thief-{place}", member.server.listening)
+    thief_place = f"thief{cluster.starts}-{place}"  # an earlier thief may still live, at an address of its own
+    thief = await cluster.start_node(thief_place, member.server.listening)
     await asyncio.sleep(_span(cluster.rng))
-    if cluster.members.get(f"thief-{place}") is thief:
-        cluster.crash(f"thief-{place}")
+    if cluster.members.get(thief_place) is thief:
+        cluster.crash(thief_place)
     if cluster.members.get(place) is member:
         cluster.crash(place)
         await cluster.start_node(place)
@@ -163,9 +166,12 @@ async def reign(cluster: Cluster) -> None:
             await asyncio.sleep(rng.expovariate(1 / cluster.knobs.calm_s))
             name = rng.choice(list(CHAOS))
             cluster.history.note("fault", name)
-            running.append(asyncio.create_task(CHAOS[name](cluster)))
+            running.append(asyncio.create_task(CHAOS[name](cluster), name=name))
     finally:
-        await asyncio.gather(*running)
+        await asyncio.gather(*running, return_exceptions=True)
+        for fault in running:
+            if error := fault.exception():
+                cluster.history.violation(f"the fault {fault.get_name()!r} failed itself: {error!r}")
 
 
 def heal(cluster: Cluster) -> None:

@@ -50,7 +50,7 @@ class Member:
 
 
 class Cluster:
-    """All hosts of one run. `members` are the living nodes by their place, `died` the time of death of each incarnation."""
+    """All hosts of one run: `members` are the living nodes by their place, `died` the time of death of each incarnation."""
 
     def __init__(self, seed: int, knobs: Knobs, loop: VirtualLoop, history: History) -> None:
         self.seed = seed
@@ -67,10 +67,13 @@ class Cluster:
         self.died: dict[str, float] = {}
         self.node_metrics = Metrics()
         self._by_server: dict[SimServer, Member] = {}
-        self._starts = 0
+        self.starts = 0
 
     async def start_node(self, place: str, address: str = "") -> Member:
-        """Start a node at `place`, by default under that place's own address."""
+        """Start a node at `place`, by default under that place's own address, once nobody listens there."""
+        address = address or f"{place}:7000"
+        while address in self.wire.servers:
+            await asyncio.sleep(0.1)
         host, clock = self._new_host(place)
         servers: list[SimServer] = []
 
@@ -79,7 +82,7 @@ class Cluster:
             return servers[0]
 
         config = NodeConfig(
-            listen=address or f"{place}:7000", arena=self.knobs.pages * PAGE_BYTES, page_bytes=PAGE_BYTES, policy=self.knobs.policy,
+            listen=address, arena=self.knobs.pages * PAGE_BYTES, page_bytes=PAGE_BYTES, policy=self.knobs.policy,
             id=place, max_leases=8, get_hold_s=2.0, put_timeout_s=3.0, get_timeout_s=3.0, drain_s=0.5,
             spill_host_bytes=self.knobs.spill,
         )  # fmt: skip
@@ -116,8 +119,8 @@ class Cluster:
         return host, client
 
     def _new_host(self, place: str) -> tuple[str, HostClock]:
-        self._starts += 1
-        host = f"{place}.{self._starts}"
+        self.starts += 1
+        host = f"{place}.{self.starts}"
         clock = self.clocks[host] = HostClock(self.loop, f"{self.seed} {host}")
         return host, clock
 

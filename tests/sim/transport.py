@@ -66,9 +66,14 @@ class SimServer:
         for call in list(self.calls):
             call.cancel()
 
+    @property
+    def listens(self) -> bool:
+        """Whether calls to its address come here."""
+        return self._wire.servers.get(self.listening) is self
+
     def close(self) -> None:
         """Listen no more."""
-        if self._wire.servers.get(self.listening) is self:
+        if self.listens:
             del self._wire.servers[self.listening]
 
     def serve(self, call: Call, rpc: str, request: Any) -> asyncio.Task:
