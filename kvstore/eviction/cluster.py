@@ -197,7 +197,7 @@ class Placer:
     """
 
     def __init__(
-        self, home: str | None = None, tolerance: tuple[float, float, float] = (4.0, 1.5, 1.0), remember_blocks: int = 65_536
+        self, home: str | None = None, tolerance: tuple[float, float, float] = (2.0, 1.5, 1.0), remember_blocks: int = 65_536
     ) -> None:
         self.home = home
         self.tolerance = tolerance

@@ -22,6 +22,8 @@ from .replay import Ladder, Outcome, Progress, count_hit, take_one
 from .trace import Trace
 
 _SHARED_CHILDREN = 4
+#: Seconds after which a report is made afresh in any case: live, a node's beat and a writer's read of it take up to half a second each.
+_REPORT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def replay_cluster(
     policy : str
         Name of the policy of every node.
     stale : int
-        Requests between two pressure reports of a node.
+        Requests between two pressure reports of a node, if they do not take longer than a second of the trace.
     at_home : bool
         Whether writers run on the nodes' hosts, and so prefer one; else all requests come to one writer, which prefers none.
 
@@ -113,9 +115,12 @@ def replay_cluster(
     cluster = _Cluster(trace, policy, capacity_blocks, nodes, ladder or Ladder(), at_home)
     skew = skew or Skew((1.0,) * nodes)
     begin = time.perf_counter()
+    last, reported = -stale, 0.0
     for seq, home in enumerate(_homes(trace, skew)):
-        if seq % stale == 0:
-            cluster.report(trace.requests[seq].now)
+        now = trace.requests[seq].now
+        if seq - last >= stale or now - reported >= _REPORT_S:
+            last, reported = seq, now
+            cluster.report(now)
         cluster.serve(seq, home)
         if progress and not seq % 64:
             progress(seq, len(trace.requests))

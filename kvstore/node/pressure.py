@@ -57,8 +57,10 @@ class ClusterOrder:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        loops = ((self.listen, self._interval_s), (self.learn, LESSONS_S))
-        self._tasks = [asyncio.create_task(_every(seconds, step)) for step, seconds in loops]
+        clock, shortest_s = self._engine.clock, self._interval_s
+        born = clock.now()
+        steps = (lambda: shortest_s, self.listen), (lambda: lessons_pause_s(clock.now() - born, shortest_s), self.learn)
+        self._tasks = [asyncio.create_task(_every(pause_s, step)) for pause_s, step in steps]
 
     async def stop(self) -> None:
         """Hear no more. Safe to call twice."""
@@ -115,9 +117,14 @@ class ClusterOrder:
         return f"lessons:{self._engine.policy.name}:{incarnation}"
 
 
-async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+def lessons_pause_s(age_s: float, shortest_s: float) -> float:
+    """Seconds until a node of this age exchanges lessons again: a young one, to whom each is news, whenever it is a tenth older."""
+    return min(LESSONS_S, max(shortest_s, 0.1 * age_s))
+
+
+async def _every(pause_s: Callable[[], float], step: Callable[[], Awaitable[None]]) -> None:
     while True:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(pause_s())
         try:
             await step()
         except InvalidInputError as error:

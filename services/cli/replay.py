@@ -23,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", metavar="1,0.98,0.9", help="share of quality that each rung keeps")
     parser.add_argument("--nodes", type=int, help="simulate a cluster of this many nodes, which share the capacity")
     parser.add_argument("--skew", metavar="55,25,15,5", help="share of the sessions that enter at each node (default: equal)")
-    parser.add_argument("--stale", type=int, default=20, metavar="N", help="requests between pressure reports (default: %(default)s)")
+    parser.add_argument(
+        "--stale", type=int, default=20, metavar="N", help="requests between pressure reports, or 1 s of the trace (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N requests")
     parser.add_argument("--compare", action="store_true", help="all policies at 1, 2, 5, 10, 20 and 50 %%")
     parser.add_argument("--plot", metavar="FILE.svg", help="with --compare: draw hit rate against capacity")

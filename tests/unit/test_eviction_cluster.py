@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import InvalidInputError
+from kvstore.eviction import cluster_replay
 from kvstore.eviction.cluster import BINS, Placer, Pressure, bin_of, is_admitted, value_of, waterline
+from kvstore.eviction.cluster_replay import replay_cluster
 from kvstore.eviction.reuse import EDGES_S, ReuseModel, bucket
+from kvstore.eviction.trace import Trace
 
 
 def pressure(free: int, *pairs: tuple[float, int]) -> Pressure:
@@ -118,3 +121,12 @@ def test_a_report_that_cannot_be_read_counts_room_and_keeps_the_rest_dear() -> N
         assert (report.price(10), report.free_bytes, report.bytes_by_value[BINS - 1]) == (0.0, 10, 90)
     report = pressure(5, (0.3, 7))
     assert Pressure.from_text(report.to_text(), 0, 0) == report
+
+
+@pytest.mark.parametrize(("apart_s", "reports"), [(0.01, 2), (0.3, 10), (5.0, 40)])
+def test_replayed_reports_are_no_older_than_live_ones(apart_s: float, reports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    report = cluster_replay._Cluster.report
+    monkeypatch.setattr(cluster_replay._Cluster, "report", lambda self, now: made.append(now) or report(self, now))
+    replay_cluster(Trace.of("x", [(apart_s * i, 512, (i,)) for i in range(40)]), "value", 4, 2)
+    assert len(made) == reports

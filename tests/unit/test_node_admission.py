@@ -17,7 +17,7 @@ from kvstore.metadata import InprocMetadata, InprocState, NodeRecord
 from kvstore.metadata.subjects import FLOORS, MAX_SUBJECTS, QUOTAS
 from kvstore.node.config import NodeConfig
 from kvstore.node.engine import NodeEngine
-from kvstore.node.pressure import ClusterOrder
+from kvstore.node.pressure import LESSONS_S, ClusterOrder, lessons_pause_s
 from kvstore.node.requests import Requests
 from kvstore.node.status import Status
 from tests.node_support import NAMESPACE, block, key_of
@@ -172,6 +172,10 @@ def test_a_report_is_at_most_a_quarter_second_or_20_requests_old() -> None:
     signed = order.sign(NodeRecord("a", "a" * 16, "a:1"))
     assert Pressure.from_text(signed.pressure, 0, 0) == order.report()
     assert NodeRecord.from_dict(json.loads(json.dumps(signed.to_dict()))) == signed
+
+
+def test_a_young_node_exchanges_lessons_more_often() -> None:
+    assert [lessons_pause_s(age_s, 0.5) for age_s in (0.0, 4.0, 20.0, 1e6)] == [0.5, 0.5, 2.0, LESSONS_S]
 
 
 async def test_nodes_learn_from_each_other() -> None:
