@@ -16,7 +16,6 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ async def agreement(trace: Trace, capacity_blocks: int, redis: Any) -> dict[str,
     """Token hit rates of live stores, fed side by side, and of replays, all with the default policy on `_NODES` nodes: their means."""
     maker = Maker("trace", Shape((_PAGE,), (0.0,)))
     with Progress("requests") as progress:
-        fed = [_live(trace, capacity_blocks, redis, maker, number, (progress,)[number:]) for number in range(_LIVE)]
+        fed = [_live(trace, capacity_blocks, redis, maker, number, progress) for number in range(_LIVE)]
         live = await asyncio.gather(*fed)
     replays = [replay_cluster(late(trace, seed), "value", capacity_blocks, _NODES, at_home=False) for seed in range(_REPLAYS)]
     rates = {"live": [row["hit_rate"] for row in live], "replay": [replay.token_hit_rate for replay in replays]}
@@ -159,7 +158,7 @@ async def agreement(trace: Trace, capacity_blocks: int, redis: Any) -> dict[str,
     }
 
 
-async def _live(trace: Trace, capacity_blocks: int, redis: Any, maker: Maker, number: int, progress: Sequence[Progress]) -> dict[str, Any]:
+async def _live(trace: Trace, capacity_blocks: int, redis: Any, maker: Maker, number: int, progress: Progress) -> dict[str, Any]:
     """One store of its own, fed with the trace: its token hit rate, how late a request was at most, evictions and demotions."""
     arena = -(-capacity_blocks // _NODES) * _PAGE
     outcome = Outcome(trace.name, "value", capacity_blocks)
@@ -169,7 +168,7 @@ async def _live(trace: Trace, capacity_blocks: int, redis: Any, maker: Maker, nu
         return {"hit_rate": outcome.token_hit_rate, "late_s": late_s, **await store.totals()}
 
 
-async def _feed(store: LiveStore, trace: Trace, maker: Maker, outcome: Outcome, progress: Sequence[Progress]) -> float:
+async def _feed(store: LiveStore, trace: Trace, maker: Maker, outcome: Outcome, progress: Progress) -> float:
     """Send every request when it is due; the longest that one was late, in seconds."""
     begin, late_s = time.perf_counter(), 0.0
     for number, request in enumerate(trace.requests):
@@ -181,8 +180,7 @@ async def _feed(store: LiveStore, trace: Trace, maker: Maker, outcome: Outcome, 
         outcome.requests += 1
         outcome.tokens += request.input_tokens
         outcome.hit_tokens += min(BLOCK_TOKENS * len(found), request.input_tokens)
-        for line in progress:
-            line(number, len(trace.requests))
+        progress(number, len(trace.requests))
     return late_s
 
 
